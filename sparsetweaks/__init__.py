@@ -1,0 +1,1 @@
+"""Spend sparse networks better after drawing them."""

@@ -1,0 +1,86 @@
+"""The one copy that every function here makes, so that the caller's model is never touched.
+
+`copy.deepcopy` is nearly it, with two exceptions that matter for masked models. It refuses tensors that are not
+leaves, and a `torch.nn.utils.prune` model holds one per pruned layer once it has run forward. And it copies the
+object behind a bound-method hook, so that a recorder the caller holds would silently stop recording.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_HOOK_DICTS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def copy_model(model: Model) -> Model:
+    """Copy `model` whole: parameters, buffers, tying, hooks, modes and classes, on the same device.
+
+    A tensor that is not a leaf (the `weight` that `torch.nn.utils.prune` computes at each forward) is copied by
+    value, outside the autograd graph. A hook that is a bound method keeps its object, unless that object is a
+    module of this model, of which the copy gets its own. Gradients are not copied, as in `copy.deepcopy`.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A new module that shares no tensor with `model`.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.utils import prune
+        >>> layer = prune.random_unstructured(torch.nn.Linear(4, 4), "weight", amount=0.5)
+        >>> _ = layer(torch.ones(1, 4))
+        >>> torch.equal(copy_model(layer).weight_mask, layer.weight_mask)
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    modules = list(model.modules())
+    memo: dict[int, Any] = {}
+    keep: list[Any] = []  # memo is keyed by id: what it names must outlive it
+    own = {id(module) for module in modules}
+    for module in modules:
+        for tensor in _non_leaf_tensors(vars(module).items()):
+            memo[id(tensor)] = tensor.detach().clone()
+            keep.append(tensor)
+        for hook in _hooks(module):
+            if isinstance(hook, types.MethodType) and id(hook.__self__) not in own:
+                memo[id(hook.__self__)] = hook.__self__
+    return copy.deepcopy(model, memo)
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    for name in _HOOK_DICTS:
+        for hook in getattr(module, name, {}).values():
+            yield getattr(hook, "hook", hook)  # state_dict hooks are wrapped
+
+
+def _non_leaf_tensors(items: Iterable[tuple[Any, Any]]) -> Iterator[torch.Tensor]:
+    """Tensors with a history among the values, also inside plain containers; registered ones are always leaves."""
+    for name, value in items:
+        if name in ("_parameters", "_buffers", "_modules"):
+            value = value if name == "_buffers" else {}
+        if isinstance(value, torch.Tensor):
+            if not value.is_leaf:
+                yield value
+        elif isinstance(value, dict):
+            yield from _non_leaf_tensors(value.items())
+        elif isinstance(value, (list, tuple, set)):
+            yield from _non_leaf_tensors(enumerate(value))
