@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+IGNORE_INDEX = -100  # PyTorch's
 FORMS = ("uniform", "wrong")
 SMOOTHING = 0.1  # the paper's, and its authors' code's
-# The paper published neither. These are the CIFAR benchmark's of Tian et al. 2020 (arXiv 1910.10699, its code);
-# Hinton et al. 2015 tried temperatures from 1 to 20.
+# The paper published neither. These are of the CIFAR benchmark of Tian et al. 2020 (arXiv 1910.10699, its
+# code); Hinton et al. 2015 tried temperatures from 1 to 20.
 TEMPERATURE = 4.0
 WEIGHT = 0.9
 
@@ -97,7 +98,7 @@ class SoftLabelLoss(nn.Module):
         form: str = "uniform",
         *,
         weight: Tensor | None = None,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
@@ -128,7 +129,7 @@ class SoftLabelLoss(nn.Module):
         """
         if logits.ndim < 2 or logits.shape[1] < 2:
             raise ValueError(f"logits must be (N, C, ...) with at least 2 classes, got {tuple(logits.shape)}")
-        _check_targets(logits, labels, self.ignore_index)
+        check_targets(logits, labels, ignore_index=self.ignore_index)
         return F.cross_entropy(
             _at_least_float32(logits),
             _at_least_float32(labels),
@@ -200,7 +201,7 @@ def distillation_loss(
     soft = divergence * temperature**2  # the factor undoes what the temperature takes from the gradient
     if labels is None or weight == 1:
         return soft * weight
-    _check_targets(student, labels, ignore_index=getattr(label_loss, "ignore_index", -100))
+    check_targets(student, labels, ignore_index=getattr(label_loss, "ignore_index", IGNORE_INDEX))
     return soft * weight + label_loss(student, labels) * (1 - weight)
 
 
@@ -262,26 +263,34 @@ def _checked_form(form: str) -> str:
     return form
 
 
-def _check_targets(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
-    if labels.is_floating_point():
-        if labels.shape != logits.shape:
+def check_targets(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX, wait: bool = False
+) -> None:
+    """Raise a ValueError unless `targets` are class labels or probabilities that fit `logits`.
+
+    Labels on an accelerator are checked for their range only with `wait`, as this waits for the device.
+    """
+    if targets.is_floating_point():
+        if targets.shape != logits.shape:
             raise ValueError(
                 f"labels that are probabilities must have the logits' shape {tuple(logits.shape)}, "
-                f"got {tuple(labels.shape)}; class labels must be integers"
+                f"got {tuple(targets.shape)}; class labels must be integers"
             )
         return
     expected = logits.shape[:1] + logits.shape[2:]
-    if labels.shape != expected:
+    if targets.shape != expected:
         raise ValueError(
-            f"logits {tuple(logits.shape)} need class labels {tuple(expected)}, got {tuple(labels.shape)}"
+            f"logits {tuple(logits.shape)} need class labels {tuple(expected)}, got {tuple(targets.shape)}"
         )
-    _check_labels(labels, logits.shape[1], ignore_index)
+    _check_labels(targets, logits.shape[1], ignore_index, wait=wait)
 
 
-def _check_labels(labels: Tensor, classes: int, ignore_index: int | None = None) -> None:
+def _check_labels(
+    labels: Tensor, classes: int, ignore_index: int | None = None, *, wait: bool = False
+) -> None:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"class labels must be integers, got {labels.dtype}")
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (wait or labels.device.type == "cpu"):
         return
     wrong = (labels < 0) | (labels >= classes)
     if ignore_index is not None:
