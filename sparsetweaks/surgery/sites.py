@@ -1,0 +1,489 @@
+"""See before you cut: where a surgery would change a model, and what it would leave alone and why.
+
+`find_activations` and `find_skip_sites` are the previews of `swap_activations` and `inject_skips`; the surgeries
+themselves work from these very lists. What a surgery did is kept with the model: `changes` reads it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sparsetweaks.surgery import kinds as k
+from sparsetweaks.surgery.scopes import Scopes, Trace, Untraceable, is_scope
+
+Where = Callable[["Site"], bool] | str | Sequence[str] | None
+"""Which sites: all (None), a glob pattern or several on `Site.path`, or a predicate on the `Site`."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in one module's forward that a surgery changes, or leaves for a reason.
+
+    Attributes:
+        scope: name of the module whose forward holds the site ("" is the model itself).
+        name: the child module there, or the name of the call in the traced forward (`relu_1`).
+        kind: an activation's name, or "kept" / "changed" for a unit whose convolution keeps the shape or not.
+        form: "module", "function", "method", "attribute" or "unit".
+        in_place: whether an activation overwrites its input.
+        left: None, or the reason why the site stays as it is.
+    """
+
+    scope: str
+    name: str
+    kind: str
+    form: str
+    in_place: bool = False
+    left: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The site's full name, as `where=` patterns see it."""
+        return f"{self.scope}.{self.name}" if self.scope else self.name
+
+    def __str__(self) -> str:
+        text = f"{self.path} ({self.kind}, {self.form})"
+        return f"{text} left as it is: {self.left}" if self.left else text
+
+
+class Sites(tuple[Site, ...]):
+    """Sites in the order of the model's modules; prints as one line per site."""
+
+    @property
+    def possible(self) -> Sites:
+        """The sites that a surgery can rewrite."""
+        return Sites(site for site in self if site.left is None)
+
+    @property
+    def left(self) -> Sites:
+        """The sites that stay as they are, each with its reason."""
+        return Sites(site for site in self if site.left is not None)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) or "no sites"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one surgery did: its name and options in words, the sites rewritten, and those left with the reason."""
+
+    tweak: str
+    rewritten: Sites
+    left: Sites
+
+    def __str__(self) -> str:
+        lines = [f"{self.tweak}: {len(self.rewritten)} sites rewritten, {len(self.left)} left as they are"]
+        return "\n".join([*lines, *(f"  {site}" for site in self.left)])
+
+
+def changes(model: nn.Module) -> tuple[Change, ...]:
+    """The change report: what the surgeries did to this model, in order.
+
+    Args:
+        model: a model that `inject_skips`, `swap_activations` or `tweak` returned, or a copy of one.
+
+    Returns:
+        One `Change` per surgery; empty for a model that had none.
+
+    Example:
+        >>> import sparsetweaks as st
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+        >>> print(st.changes(st.swap_activations(model, "mish"))[0])
+        swap_activations to mish: 1 sites rewritten, 0 left as they are
+    """
+    return vars(model).get("_changes", ())
+
+
+def record_change(model: nn.Module, tweak: str, rewritten: Iterable[Site], left: Iterable[Site]) -> None:
+    """Keep with the (copied) model what was done to it."""
+    vars(model)["_changes"] = (*changes(model), Change(tweak, Sites(rewritten), Sites(left)))
+
+
+def select(sites: Sites, where: Where) -> Sites:
+    """The sites that `where` chooses.
+
+    Raises:
+        ValueError: if a pattern matches no site; the message names some that there are.
+    """
+    if where is None:
+        return sites
+    if callable(where):
+        return Sites(site for site in sites if where(site))
+    patterns = [where] if isinstance(where, str) else list(where)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(site.path, pattern) for site in sites):
+            some = ", ".join(site.path for site in sites[:5]) or "none"
+            raise ValueError(f"where={pattern!r} matches no site of this model; its sites: {some}, ...")
+    return Sites(site for site in sites if any(fnmatch.fnmatchcase(site.path, each) for each in patterns))
+
+
+# -------------------------------------------------------------------------------------------------- activations
+
+
+@dataclass
+class Found:
+    """A site with what a surgery needs to change it."""
+
+    site: Site
+    module: nn.Module  # the activation itself (form "module") or the scope
+    trace: Trace | None = None
+    observed: bool = False  # whether the input it overwrites may be looked at afterwards
+
+
+def find_activations(model: nn.Module, *, kinds: Sequence[str] = k.RELU_FAMILY, where: Where = None) -> Sites:
+    """Preview of `swap_activations`: every place that computes one of these activations (paper, section 3.1).
+
+    An activation that is a module is one site, however often and under how many names it is called. A call of a
+    function or method in a forward (`F.relu(x)`, `torch.relu_(x)`, `x.relu()`) is one site each.
+
+    Args:
+        model: any module; it is not changed.
+        kinds: names of the activations to look for; default: the ReLU family (relu, relu6, leaky_relu).
+        where: glob pattern(s) on `Site.path`, or a predicate on `Site`.
+
+    Returns:
+        The sites; those with a `left` reason cannot be rewritten.
+
+    Raises:
+        ValueError: for an unknown kind, or a pattern that matches nothing.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+        >>> print(find_activations(model))
+        1 (relu, module)
+    """
+    return select(Sites(found.site for found in activation_sites(model, kinds, Scopes())), where)
+
+
+def activation_sites(model: nn.Module, kinds: Sequence[str], scopes: Scopes) -> list[Found]:
+    """All activation sites of a model, with their modules and traces."""
+    wanted = tuple(k.kind_named(name).name for name in ([kinds] if isinstance(kinds, str) else kinds))
+    spelled = k.spellings(wanted)
+    found: list[Found] = []
+    observed: set[int] = set()
+    called: set[int] = set()
+    opaque: set[int] = set()  # activation modules whose callers cannot be read
+    for scope, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            if str(getattr(module, "original_name", "")).lower() in wanted:
+                found.append(Found(_site(scope, str(module.original_name).lower(), "module", "it is scripted"), module))
+            continue
+        kind = k.kind_of_module(module)
+        if kind is not None and kind.name in wanted:
+            parent, _, name = scope.rpartition(".")
+            site = Site(parent, name, kind.name, "module", bool(getattr(module, "inplace", False)))
+            found.append(Found(site, module))
+        if not is_scope(module):
+            continue
+        try:
+            trace = scopes.trace(module)
+        except Untraceable as reason:
+            opaque |= {id(child) for child in module.children()}
+            found += _unread(scope, module, wanted, spelled & scopes.names(module), reason)
+            continue
+        found += _calls(scope, module, trace, wanted)
+        for case in trace.cases:
+            for node in case.graph.nodes:
+                if node.op == "call_module":
+                    child = module.get_submodule(str(node.target))
+                    if getattr(child, "inplace", False):
+                        called.add(id(child))
+                        if is_observed(node, module):
+                            observed.add(id(child))
+    for each in found:
+        if each.site.form == "module":
+            key = id(each.module)
+            each.observed = key in observed or key in opaque or key not in called
+    return found
+
+
+def _calls(scope: str, module: nn.Module, trace: Trace, wanted: tuple[str, ...]) -> Iterator[Found]:
+    """Function and method calls in a traced forward, one per name over all its cases."""
+    found: dict[str, Found] = {}
+    for case in trace.cases:
+        for node in case.graph.nodes:
+            kind = k.kind_of_node(node)
+            if kind is None or kind.name not in wanted:
+                continue
+            form = "method" if node.op == "call_method" else "function"
+            site = Site(scope, node.name, kind.name, form, k.works_in_place(node))
+            each = found.setdefault(node.name, Found(site, module, trace))
+            each.observed |= site.in_place and is_observed(node, module)
+    yield from found.values()
+
+
+def _unread(
+    scope: str, module: nn.Module, wanted: tuple[str, ...], mentions: frozenset[str], reason: Untraceable
+) -> Iterator[Found]:
+    """What an untraceable forward holds: attributes that are known functions, and calls that its code mentions."""
+    for name, value in vars(module).items():
+        kind = k.kind_of_function(value)
+        if kind is not None and kind.name in wanted:
+            yield Found(Site(scope, name, kind.name, "attribute"), module)
+    children = set(module._modules)
+    for name in sorted(mentions - children):
+        if name in wanted and name not in vars(module):
+            yield Found(_site(f"{scope}." if scope else ".", name, "function", str(reason)), module)
+
+
+def _site(path: str, kind: str, form: str, reason: str) -> Site:
+    scope, _, name = path.rpartition(".")
+    return Site(scope, name or kind, kind, form, left=reason)
+
+
+_FRESH_FUNCTIONS = {
+    operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul, torch.cat, torch.matmul,
+    nn.functional.linear, nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d,
+    nn.functional.batch_norm,
+}  # fmt: skip
+_FRESH_MODULES = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.Linear,
+)
+_IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+
+
+def is_observed(node: fx.Node, module: nn.Module) -> bool:
+    """Whether anything may look at the input of this in-place call after it, other than through its result.
+
+    Walks back through in-place operations to the tensor's origin. Only an origin known to make a fresh tensor, with
+    no later reader of any of its names, counts as not observed.
+    """
+    order = {each: position for position, each in enumerate(node.graph.nodes)}
+    value = _first_input(node)
+    while value is not None:
+        if any(order[user] > order[node] for user in value.users):
+            return True
+        if value.op == "call_module":
+            origin = module.get_submodule(str(value.target))
+            if isinstance(origin, _FRESH_MODULES):
+                return False
+            if not getattr(type(origin), "added_by_tweak", False):
+                return True
+            value = value.args[1]  # type: ignore[assignment]  # a skip returns its second input, or a sum
+        elif value.op == "call_function" and value.target in _FRESH_FUNCTIONS:
+            return False
+        elif mutates(value, module):
+            value = _first_input(value)
+        else:
+            return True
+    return True
+
+
+def mutates(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a call overwrites its first input, as far as its form tells."""
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        in_place = node.target in _IN_PLACE_OPERATORS or node.target is operator.setitem
+        return in_place or (name.endswith("_") and not name.endswith("__")) or bool(k.works_in_place(node))
+    return False
+
+
+def _first_input(node: fx.Node) -> fx.Node | None:
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return first if isinstance(first, fx.Node) else None
+
+
+# -------------------------------------------------------------------------------------------------------- skips
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution maps positions and channels, per spatial dimension.
+
+    Output position i is centred on input position `offset + i * stride`.
+    """
+
+    in_channels: int
+    out_channels: int
+    stride: tuple[int, ...]
+    offset: tuple[int, ...]
+    keeps_size: bool
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether input and output have equal shapes for every input."""
+        return self.keeps_size and self.in_channels == self.out_channels
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A convolution and the normalisation that directly follows it, in one graph."""
+
+    conv: fx.Node
+    output: fx.Node
+    left: str | None
+
+
+_CONV_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+
+
+def find_skip_sites(model: nn.Module, *, where: Where = None) -> Sites:
+    """Preview of `inject_skips`: every unit that can get a skip connection (paper, section 3.1 and figure 3).
+
+    A unit is a convolution and the normalisation that directly follows it, or a convolution that an activation
+    follows directly. Its site is named after the convolution. `kind` says whether the convolution keeps the shape
+    ("kept", an identity fits) or not ("changed", a shortcut must adapt it), from its own geometry alone.
+
+    Args:
+        model: any module; it is not changed.
+        where: glob pattern(s) on `Site.path`, or a predicate on `Site`.
+
+    Returns:
+        The sites; those with a `left` reason cannot be rewritten, e.g. where a residual already spans the unit.
+
+    Raises:
+        ValueError: for a pattern that matches nothing.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.BatchNorm2d(8))
+        >>> print(find_skip_sites(model))
+        0 (kept, unit)
+    """
+    return select(Sites(found.site for found in skip_sites(model, Scopes())), where)
+
+
+def skip_sites(model: nn.Module, scopes: Scopes) -> list[Found]:
+    """All units of a model, with their scopes and traces."""
+    found: list[Found] = []
+    for scope, module in model.named_modules():
+        if not is_scope(module) or not any(map(_is_conv, module.modules())):
+            continue
+        try:
+            trace = scopes.trace(module)
+        except Untraceable as reason:
+            own = [name for name, child in module.named_children() if _is_conv(child)]
+            found += [
+                Found(Site(scope, name, _conv_kind(module.get_submodule(name)), "unit", left=str(reason)), module)
+                for name in own
+            ]
+            continue
+        units: dict[str, Found] = {}
+        for case in trace.cases:
+            for unit in units_in(case.graph, module):
+                conv = module.get_submodule(str(unit.conv.target))
+                site = Site(scope, str(unit.conv.target), _conv_kind(conv), "unit", left=unit.left)
+                units.setdefault(site.name, Found(site, module, trace))
+        found += units.values()
+    return found
+
+
+def units_in(graph: fx.Graph, module: nn.Module) -> Iterator[Unit]:
+    """The units in one graph of a scope, those that must be left included."""
+    nodes = list(graph.nodes)
+    order = {node: position for position, node in enumerate(nodes)}
+    for node in nodes:
+        if node.op != "call_module" or not _is_conv(module.get_submodule(str(node.target))):
+            continue
+        conv = module.get_submodule(str(node.target))
+        if len(node.users) != 1 or _first_input(node) is None:
+            continue
+        follower = next(iter(node.users))
+        if _is_norm_call(follower, module):
+            output = follower
+        elif _is_activation_call(follower, module):
+            output = node
+        else:
+            continue
+        left = _why_no_geometry(conv) or _why_not_here(node, output, order, nodes, module)
+        yield Unit(node, output, left)
+
+
+def _why_not_here(
+    conv: fx.Node, output: fx.Node, order: dict[fx.Node, int], nodes: list[fx.Node], module: nn.Module
+) -> str | None:
+    source = _first_input(conv)
+    assert source is not None
+    if output is not conv:
+        norm = module.get_submodule(str(output.target))
+        if any(not isinstance(child, nn.Identity) for child in norm.children()):
+            return "its normalisation applies an activation itself"
+        between = nodes[order[conv] + 1 : order[output]]
+        if any(mutates(node, module) for node in between):
+            return "a tensor is overwritten between its convolution and its normalisation"
+    for user in output.users:
+        if user.op == "call_module":
+            called = module.get_submodule(str(user.target))
+            if getattr(type(called), "added_by_tweak", False):
+                return "it already has a skip"
+        if _is_add(user):
+            operands = [_through_identity(each, module) for each in user.args if isinstance(each, fx.Node)]
+            if _through_identity(source, module) in operands:
+                return "a residual already spans exactly this unit"
+    return None
+
+
+def _through_identity(node: fx.Node, module: nn.Module) -> fx.Node:
+    while node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity:
+        inner = _first_input(node)
+        if inner is None:
+            break
+        node = inner
+    return node
+
+
+def _is_add(node: fx.Node) -> bool:
+    if node.op == "call_function":
+        return node.target in (operator.add, operator.iadd, torch.add)
+    return node.op == "call_method" and node.target in ("add", "add_")
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def _is_norm_call(node: fx.Node, module: nn.Module) -> bool:
+    if node.op != "call_module" or len(node.args) != 1:
+        return False
+    norm = module.get_submodule(str(node.target))
+    return isinstance(norm, _NORMS) or type(norm).__name__.rstrip("123d").endswith("Norm")
+
+
+def _is_activation_call(node: fx.Node, module: nn.Module) -> bool:
+    if node.op == "call_module":
+        return k.kind_of_module(module.get_submodule(str(node.target))) is not None
+    return k.kind_of_node(node) is not None
+
+
+def _conv_kind(conv: nn.Module) -> str:
+    return "kept" if _why_no_geometry(conv) is None and geometry(conv).keeps_shape else "changed"
+
+
+def _why_no_geometry(conv: nn.Module) -> str | None:
+    assert isinstance(conv, nn.modules.conv._ConvNd)
+    if isinstance(conv, nn.modules.lazy.LazyModuleMixin):
+        return "it is lazy: run a batch through the model first"
+    if conv.transposed:
+        return "it is a transposed convolution"
+    if type(conv).forward not in _CONV_FORWARDS:
+        return f"{type(conv).__name__} computes its geometry in a forward of its own"
+    if any(offset < 0 for offset in geometry(conv).offset):
+        return "it pads by more than its kernel covers"
+    return None
+
+
+def geometry(conv: Any) -> Geometry:
+    """The geometry of an ordinary convolution, from its attributes."""
+    reach = [dilation * (kernel - 1) for dilation, kernel in zip(conv.dilation, conv.kernel_size)]
+    if conv.padding == "same":
+        excess = [0] * len(reach)
+    else:
+        padding = [0] * len(reach) if conv.padding == "valid" else conv.padding
+        excess = [r - 2 * p for r, p in zip(reach, padding)]
+    same = all(e == 0 for e in excess) and all(s == 1 for s in conv.stride)
+    offset = tuple(e // 2 for e in excess)
+    return Geometry(conv.in_channels, conv.out_channels, tuple(conv.stride), offset, same)
