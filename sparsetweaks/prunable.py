@@ -1,0 +1,256 @@
+"""Which weights may be pruned, and where each of them lives."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from sparsetweaks.errors import SurgeryError
+
+Selector = str | type | Callable[[str, nn.Module], bool]
+Selection = Selector | Iterable[Selector]
+
+_LAYERS = ("conv", "linear")
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_CLOSE_NAMES = 3
+
+
+class Weight(NamedTuple):
+    """One weight of a convolution or of a linear layer."""
+
+    name: str
+    """Its logical name, `layer1.0.conv1.weight`, in whatever form it is masked."""
+    layer: str
+    """`"conv"` or `"linear"`."""
+    inside: tuple[tuple[str, nn.Module], ...]
+    """The modules that contain it, name and module, outermost first; the last one owns it."""
+    parameter: nn.Parameter | None
+    """What training updates, or None where a parametrization computes the weight from something else."""
+
+
+def prunable_weights(
+    model: nn.Module,
+    *,
+    layers: Iterable[str] | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+) -> dict[str, nn.Parameter]:
+    """Name the weights that pruning chooses among: by default the paper's, all convolutions (section 4).
+
+    By default these are the weights of convolutions (1d, 2d, 3d, transposed or not) where the model has any,
+    otherwise those of linear layers, attention's projections among them. Never normalisation, biases,
+    embeddings, a linear weight tied to an embedding, what a tweak added, or the classifier. The classifier is
+    the convolution or linear layer that was registered last, unless a normalisation was registered after it
+    (then the model is a backbone without a head) or it is the model's only one.
+
+    Args:
+        model: any module. It is only read.
+        layers: kinds to take, from `"conv"` and `"linear"`; `("conv", "linear")` takes both. None is the
+            default choice described above.
+        include: exactly what is taken of the convolution and linear weights, in place of the default choice:
+            a glob pattern on the name of a weight or of a module around it, a module type, a predicate
+            `(module name, module) -> bool`, or a list of these. The classifier is taken too if it is named.
+        exclude: what is then taken out again, in the same terms.
+
+    Returns:
+        Logical name (`layer1.0.conv1.weight`) to parameter, in the order of registration; a tied weight
+        once, under its first name. For a layer of `torch.nn.utils.prune` the parameter is its `weight_orig`.
+
+    Raises:
+        ValueError: an unknown kind, a pattern or type that matches nothing, or nothing is left to prune.
+        SurgeryError: a weight has no values yet (lazy, meta device), or a parametrization computes it.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+        >>> list(prunable_weights(model))
+        ['0.weight', '2.weight']
+        >>> list(prunable_weights(model, include=["2", nn.Linear]))
+        ['2.weight', '4.weight']
+    """
+    chosen = select_weights(model, layers=layers, include=include, exclude=exclude)
+    if not chosen:
+        raise ValueError(
+            "nothing to prune: no convolution or linear weight is left by this choice of layers, include and "
+            "exclude (the classifier is left out unless `include` names it)"
+        )
+    return {weight.name: _checked(weight) for weight in chosen}
+
+
+def select_weights(
+    model: nn.Module,
+    *,
+    layers: Iterable[str] | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+) -> list[Weight]:
+    """`prunable_weights` with all that is known about each weight; the list may be empty."""
+    weights = list(_conv_and_linear_weights(model))
+    if layers is not None:
+        layers = (layers,) if isinstance(layers, str) else tuple(layers)
+        if unknown := [layer for layer in layers if layer not in _LAYERS]:
+            raise ValueError(f"unknown layers {unknown}: choose from {list(_LAYERS)}")
+    if include is not None:
+        chosen = _matching(weights, include, "include")
+    else:
+        classifier = _classifier(model, weights)
+        chosen = [weight for weight in weights if weight.inside[-1][1] is not classifier]
+        if layers is None:
+            layers = ("conv",) if any(weight.layer == "conv" for weight in chosen) else ("linear",)
+    if layers is not None:
+        chosen = [weight for weight in chosen if weight.layer in layers]
+    if exclude is not None:
+        excluded = {weight.name for weight in _matching(weights, exclude, "exclude")}
+        chosen = [weight for weight in chosen if weight.name not in excluded]
+    return chosen
+
+
+def added_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module that a tweak added to `model`, and every module inside one."""
+    return [
+        inner
+        for module in model.modules()
+        if getattr(module, "added_by_tweak", False)
+        for inner in module.modules()
+    ]
+
+
+def parameter_behind(module: nn.Module, attribute: str) -> nn.Parameter | None:
+    """The parameter that training updates for `module.<attribute>`, whichever form its mask has; None if none."""
+    plain = module._parameters.get(attribute)
+    if plain is not None:
+        return plain
+    if attribute + "_mask" in module._buffers:  # torch.nn.utils.prune; without a mask it is spectral_norm's
+        return module._parameters.get(attribute + "_orig")
+    if mask_parametrization(module, attribute) is not None:
+        return module.parametrizations[attribute].original  # type: ignore[index, union-attr, return-value]
+    return None
+
+
+def mask_parametrization(module: nn.Module, attribute: str) -> nn.Module | None:
+    """The parametrization that masks `module.<attribute>`: the only one there, with a buffer `mask` of its shape."""
+    if not parametrize.is_parametrized(module, attribute):
+        return None
+    chain = module.parametrizations[attribute]  # type: ignore[index]
+    original = chain._parameters.get("original")  # type: ignore[union-attr]
+    if original is None or len(chain) != 1:  # type: ignore[arg-type]
+        return None
+    mask = chain[0]._buffers.get("mask")  # type: ignore[index, union-attr]
+    return chain[0] if mask is not None and mask.shape == original.shape else None  # type: ignore[index, return-value]
+
+
+def close_names(name: str, names: Iterable[str]) -> str:
+    """The names most like `name`, for an error message."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=_CLOSE_NAMES, cutoff=0.4) or names[:_CLOSE_NAMES]
+    return ", ".join(repr(other) for other in close) or "nothing"
+
+
+def _conv_and_linear_weights(model: nn.Module) -> Iterator[Weight]:
+    modules = dict(model.named_modules())
+    added = set(added_modules(model))
+    seen = {
+        id(module.weight)
+        for module in modules.values()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    }
+    for name, module in modules.items():
+        if module in added:
+            continue
+        for attribute in _weight_names(module):
+            parameter = parameter_behind(module, attribute)
+            if id(parameter) in seen:
+                continue
+            if parameter is not None:
+                seen.add(id(parameter))
+            layer = "conv" if isinstance(module, _ConvNd) else "linear"
+            yield Weight(_join(name, attribute), layer, _inside(name, modules), parameter)
+
+
+def _weight_names(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, (_ConvNd, nn.Linear)):
+        return ("weight",)
+    if isinstance(module, nn.MultiheadAttention):  # it keeps one joint weight, or three; the others are None
+        return tuple(name for name in _ATTENTION_WEIGHTS if parameter_behind(module, name) is not None)
+    return ()
+
+
+def _inside(name: str, modules: dict[str, nn.Module]) -> tuple[tuple[str, nn.Module], ...]:
+    parts = name.split(".")
+    prefixes = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    return tuple((prefix, modules[prefix]) for prefix in prefixes if prefix in modules)
+
+
+def _classifier(model: nn.Module, weights: list[Weight]) -> nn.Module | None:
+    added = set(added_modules(model))
+    owners = {weight.inside[-1][1] for weight in weights if weight.inside[-1][1] not in added}
+    last = None
+    for module in model.modules():
+        if module in owners:
+            last = module
+        elif "Norm" in type(module).__name__ and not any(True for _ in module.children()) and module not in added:
+            last = None
+    return last if len(owners) > 1 else None
+
+
+def _matching(weights: list[Weight], selection: Selection, argument: str) -> list[Weight]:
+    selectors: list[Selector]
+    if isinstance(selection, (str, type)) or not isinstance(selection, Iterable):
+        selectors = [selection]
+    else:
+        selectors = list(selection)
+    matched = set()
+    for selector in selectors:
+        names = {weight.name for weight in weights if _matches(weight, selector)}
+        if not names and isinstance(selector, str):
+            known = [weight.name for weight in weights] + [name for weight in weights for name, _ in weight.inside]
+            raise ValueError(
+                f"{argument}: no convolution or linear weight is called or lies inside {selector!r}; "
+                f"close: {close_names(selector, dict.fromkeys(known))}"
+            )
+        if not names and isinstance(selector, type):
+            types = sorted({type(weight.inside[-1][1]).__name__ for weight in weights})
+            raise ValueError(
+                f"{argument}: no convolution or linear weight lies inside a {selector.__name__}; "
+                f"they belong to: {', '.join(types) or 'nothing'}"
+            )
+        matched |= names
+    return [weight for weight in weights if weight.name in matched]
+
+
+def _matches(weight: Weight, selector: Selector) -> bool:
+    if isinstance(selector, str):
+        return any(fnmatchcase(name, selector) for name in (weight.name, *(name for name, _ in weight.inside)))
+    if isinstance(selector, type):
+        return any(isinstance(module, selector) for _, module in weight.inside)
+    if callable(selector):
+        return bool(selector(*weight.inside[-1]))
+    raise ValueError(
+        f"include and exclude take a glob pattern, a module type or a predicate (name, module) -> bool, "
+        f"or a list of these; got {selector!r}"
+    )
+
+
+def _checked(weight: Weight) -> nn.Parameter:
+    parameter = weight.parameter
+    if parameter is None:
+        raise SurgeryError(
+            f"{weight.name!r} is not a parameter: a parametrization computes it (weight_norm, spectral_norm, ...). "
+            "Remove that first (torch.nn.utils.parametrize.remove_parametrizations), or exclude this layer"
+        )
+    if is_lazy(parameter):
+        raise SurgeryError(f"{weight.name!r} is not initialised yet: run one batch through the lazy model first")
+    if parameter.is_meta:
+        raise SurgeryError(f"{weight.name!r} is on the meta device and has no values: load the model's weights first")
+    return parameter
+
+
+def _join(module_name: str, attribute: str) -> str:
+    return f"{module_name}.{attribute}" if module_name else attribute

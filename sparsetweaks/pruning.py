@@ -1,0 +1,224 @@
+"""Pruning: scores say which weights matter, budgets say how many each layer keeps, masks keep the best of each.
+
+The three are separate on purpose. A new criterion is a new function to scores, a new allocation a new function to
+budgets, and every pair of them goes together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sparsetweaks.masks import apply_masks, find_masks
+from sparsetweaks.prunable import Selection, prunable_weights
+
+Model = TypeVar("Model", bound=nn.Module)
+
+Method = Literal["magnitude", "random"]
+Scope = Literal["global", "layer", "erk"]
+Of = Literal["all", "remaining"]
+
+
+def prune(
+    model: Model,
+    sparsity: float,
+    *,
+    method: Method = "magnitude",
+    scope: Scope = "global",
+    of: Of = "all",
+    layers: Iterable[str] | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    generator: torch.Generator | None = None,
+) -> Model:
+    """Return a copy of `model` with the least important weights pruned: by magnitude, globally (paper, section 4).
+
+    What is pruned already stays pruned: masks only shrink. The count is exact, also where scores are equal: then
+    the weight that comes first goes first. Nothing keeps a layer from being pruned completely (layer collapse,
+    the nearer the sparsity is to 1); `sparsity(model)` shows it.
+
+    One level of iterative magnitude pruning is `prune(trained, 0.2, of="remaining")` and `rewind`.
+
+    Args:
+        model: any module, masked or not. It is not changed.
+        sparsity: the fraction to remove, in [0, 1): of all prunable weights or, with `of="remaining"`, of those
+            that are left. The number removed is rounded to the nearest whole weight.
+        method: what makes a weight unimportant: `"magnitude"`, a small absolute value (the default, the
+            paper's), or `"random"`, a draw from `generator`.
+        scope: how many weights each layer keeps: `"global"`, as the scores of all layers together decide (the
+            default, the paper's); `"layer"`, the same fraction in each; `"erk"`, densities proportional to the sum
+            of a weight's dimensions over their product (Erdos-Renyi-Kernel: Evci et al., RigL, arXiv 1911.11134),
+            but no more than a layer has left.
+        of: what `sparsity` is a fraction of, `"all"` (the default) or `"remaining"` (20 % per level in the paper).
+        layers, include, exclude: which weights are prunable, as in `prunable_weights`; by default convolutions.
+        generator: for `method="random"`, which needs one. Other methods make no use of it.
+
+    Returns:
+        A new model with a bool buffer `<parameter>_mask` beside each prunable weight. Masks that were there in
+        another form (`torch.nn.utils.prune`, a mask parametrization) are kept in it.
+
+    Raises:
+        ValueError: sparsity outside [0, 1), or less than is pruned already; an unknown method, scope or `of`;
+            random without a generator; a score that is NaN; nothing to prune, or a wrong selection.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(4, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, -1.0, 2.0, -4.0]]))
+        >>> half = prune(layer, 0.5)
+        >>> half.weight.data
+        tensor([[ 3., 0., 0., -4.]])
+        >>> prune(half, 0.5, of="remaining").weight_mask
+        tensor([[False, False, False, True]])
+    """
+    _check_choice("method", method, get_args(Method))
+    _check_choice("scope", scope, get_args(Scope))
+    _check_choice("of", of, get_args(Of))
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is the fraction to remove, in [0, 1); got {sparsity}")
+    weights = prunable_weights(model, layers=layers, include=include, exclude=exclude)
+    masked = find_masks(model)
+    masks = {name: masked.get(name, torch.ones_like(w, dtype=torch.bool)) for name, w in weights.items()}
+
+    scores = magnitude_scores(weights) if method == "magnitude" else random_scores(weights, generator)
+    if scope == "global":
+        kept = _count_kept(masks.values(), sparsity, of, "the model")
+        new = keep_highest_globally(scores, masks, kept)
+    else:
+        if scope == "layer":
+            budgets = {name: _count_kept([mask], sparsity, of, repr(name)) for name, mask in masks.items()}
+        else:
+            budgets = erk_budgets(masks, _count_kept(masks.values(), sparsity, of, "the model"))
+        new = keep_highest_per_layer(scores, masks, budgets)
+    return apply_masks(model, new)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Scores: a tensor per weight, higher = more important
+
+
+def magnitude_scores(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Score each weight by its absolute value."""
+    return {name: weight.detach().abs() for name, weight in weights.items()}
+
+
+def random_scores(weights: Mapping[str, Tensor], generator: torch.Generator | None) -> dict[str, Tensor]:
+    """Score each weight by a uniform draw, in float64 so that equal draws are all but impossible."""
+    if generator is None:
+        raise ValueError("method='random' needs generator=torch.Generator().manual_seed(a seed of yours)")
+    return {
+        name: torch.rand(weight.shape, generator=generator, device=generator.device, dtype=torch.float64)
+        for name, weight in weights.items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Budgets: how many weights to keep
+
+
+def _count_kept(masks: Iterable[Tensor], sparsity: float, of: Of, where: str) -> int:
+    """How many weights a fraction leaves, of those in `masks`."""
+    masks = list(masks)
+    total = sum(mask.numel() for mask in masks)
+    left = sum(int(mask.sum()) for mask in masks)
+    if of == "remaining":
+        return left - round(sparsity * left)
+    kept = total - round(sparsity * total)
+    if kept > left:
+        raise ValueError(
+            f"sparsity {sparsity} is less than what is pruned of {where} already, {1 - left / total:.4f}: ask for "
+            'more, or for a fraction of what remains with of="remaining"'
+        )
+    return kept
+
+
+def erk_budgets(masks: Mapping[str, Tensor], kept: int) -> dict[str, int]:
+    """Share out `kept` weights in proportion to the sum of each weight's dimensions, none more than its mask keeps.
+
+    A density of (sum of dimensions) / (product of dimensions) times the number of weights is the sum of the
+    dimensions. Layers that would get more than they have are filled, and the rest is shared out again. Fractions
+    are rounded by largest remainders, so that the budgets sum to `kept`.
+    """
+    left = {name: int(mask.sum()) for name, mask in masks.items()}
+    dimensions = {name: sum(mask.shape) for name, mask in masks.items()}
+    assert 0 <= kept <= sum(left.values())
+    budgets: dict[str, int] = {}
+    open_names = list(masks)
+    while True:
+        rest = kept - sum(budgets.values())
+        unit = sum(dimensions[name] for name in open_names)
+        full = [name for name in open_names if rest * dimensions[name] >= left[name] * unit]
+        if not full:
+            break
+        budgets |= {name: left[name] for name in full}
+        open_names = [name for name in open_names if name not in budgets]
+    shares = {name: divmod(rest * dimensions[name], unit) for name in open_names}
+    budgets |= {name: share for name, (share, _) in shares.items()}
+    short = kept - sum(budgets.values())
+    for name in sorted(open_names, key=lambda name: -shares[name][1])[:short]:
+        budgets[name] += 1
+    return {name: budgets[name] for name in masks}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Masks: keep the highest scores among what is kept already
+
+
+def keep_highest_globally(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
+    """Keep the `kept` highest scores of all layers together."""
+    device = next(iter(masks.values())).device
+    parts = [_scores_left(name, scores[name], mask).to(device) for name, mask in masks.items()]
+    together = torch.cat([part.to(torch.float64) if _mixed(parts) else part for part in parts])
+    keep = ~lowest(together, together.numel() - kept)
+    return {
+        name: _narrowed(mask, keeps)
+        for (name, mask), keeps in zip(masks.items(), keep.split([part.numel() for part in parts]), strict=True)
+    }
+
+
+def keep_highest_per_layer(
+    scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], budgets: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Keep the `budgets[name]` highest scores of each layer."""
+    narrowed = {}
+    for name, mask in masks.items():
+        left = _scores_left(name, scores[name], mask)
+        narrowed[name] = _narrowed(mask, ~lowest(left, left.numel() - budgets[name]))
+    return narrowed
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """True at exactly `count` places of a vector, the lowest; of equal scores the earlier ones."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count).values
+    chosen = scores < threshold
+    ties = (scores == threshold).nonzero().squeeze(1)
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen
+
+
+def _scores_left(name: str, scores: Tensor, mask: Tensor) -> Tensor:
+    """The scores of the weights that are kept so far, as a vector in the order of the weight's indices."""
+    left = scores.to(mask.device)[mask]
+    if left.isnan().any():
+        raise ValueError(f"{name!r} has scores that are NaN: its weights have diverged, so there is no order to prune by")
+    return left.float() if left.dtype.itemsize < torch.float32.itemsize else left
+
+
+def _mixed(parts: list[Tensor]) -> bool:
+    return len({part.dtype for part in parts}) > 1
+
+
+def _narrowed(mask: Tensor, keep: Tensor) -> Tensor:
+    narrowed = mask.clone()
+    narrowed[mask] = keep.to(mask.device)
+    return narrowed
+
+
+def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {argument} {value!r}: choose from {', '.join(map(repr, choices))}")
