@@ -1,8 +1,9 @@
 """The one copy that every function here makes, so that the caller's model is never touched.
 
-`copy.deepcopy` is nearly it, with two exceptions that matter for masked models. It refuses tensors that are not
-leaves, and a `torch.nn.utils.prune` model holds one per pruned layer once it has run forward. And it copies the
-object behind a bound-method hook, so that a recorder the caller holds would silently stop recording.
+`copy.deepcopy` is nearly it, with two exceptions that matter for masked models. It refuses tensors that are
+not leaves, and a `torch.nn.utils.prune` model holds one per pruned layer once it has run forward. And it
+copies the object behind a bound-method hook, so that a recorder the caller holds would silently stop
+recording.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ _HOOK_DICTS = (
 def copy_model(model: Model) -> Model:
     """Copy `model` whole: parameters, buffers, tying, hooks, modes and classes, on the same device.
 
-    A tensor that is not a leaf (the `weight` that `torch.nn.utils.prune` computes at each forward) is copied by
-    value, outside the autograd graph. A hook that is a bound method keeps its object, unless that object is a
-    module of this model, of which the copy gets its own. Gradients are not copied, as in `copy.deepcopy`.
+    A tensor that is not a leaf (the `weight` that `torch.nn.utils.prune` computes at each forward) is copied
+    by value, outside the autograd graph. A hook that is a bound method keeps its object, unless that object
+    is a module of this model, of which the copy gets its own. Gradients are not copied, as in
+    `copy.deepcopy`.
 
     Args:
         model: any module.
@@ -73,7 +75,7 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def _non_leaf_tensors(items: Iterable[tuple[Any, Any]]) -> Iterator[torch.Tensor]:
-    """Tensors with a history among the values, also inside plain containers; registered ones are always leaves."""
+    """Tensors with a history among the values, also in plain containers; parameters are always leaves."""
     for name, value in items:
         if name in ("_parameters", "_buffers", "_modules"):
             value = value if name == "_buffers" else {}

@@ -1,8 +1,8 @@
 """Masks: read them, set them, rewind beneath them, hold them through training, and count what they leave.
 
-A masked model is an ordinary model whose pruned weights are exactly zero, with a bool buffer `<parameter>_mask`
-(True = kept) beside each masked parameter. The forms of `torch.nn.utils.prune` and of a mask parametrization
-(such as `torch.ao.pruning`'s `FakeSparsity`) are understood as well, and kept.
+A masked model is an ordinary model whose pruned weights are exactly zero, with a bool buffer
+`<parameter>_mask` (True = kept) beside each masked parameter. The forms of `torch.nn.utils.prune` and of a
+mask parametrization (such as `torch.ao.pruning`'s `FakeSparsity`) are understood as well, and kept.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LBFGS_HISTORIES = ("old_dirs", "old_stps")
 _LBFGS_LEAST_CURVATURE = 1e-10  # as in torch.optim.LBFGS: a pair below it is not kept
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Where a mask lives
 
 
@@ -55,20 +55,25 @@ class _Place:
 
     @property
     def plain(self) -> bool:
-        """Whether the parameter itself holds the zeros: in other forms the mask is multiplied in on the way."""
+        """Whether the parameter itself holds the zeros; in other forms the mask is multiplied in."""
         return self.module._parameters.get(self.attribute) is not None
+
+    def slot(self) -> tuple[dict[str, Tensor | None], str]:
+        """The buffers among which the mask is, or would be, and its name there."""
+        masking = mask_parametrization(self.module, self.attribute)
+        if masking is not None:
+            return masking._buffers, "mask"
+        return self.module._buffers, self.attribute + "_mask"
 
     def stored_mask(self) -> Tensor | None:
         """The mask as the module stores it: of any dtype where the form is not ours."""
-        masking = mask_parametrization(self.module, self.attribute)
-        if masking is not None:
-            return masking._buffers["mask"]
-        mask = self.module._buffers.get(self.attribute + "_mask")
+        buffers, key = self.slot()
+        mask = buffers.get(key)
         if mask is None or mask.shape != self.parameter.shape:
             return None
         if self.plain and mask.dtype != torch.bool:
             raise ValueError(
-                f"the buffer {self.name}_mask is {mask.dtype}: masks are bool (True = kept); store mask.bool()"
+                f"the buffer {self.name}_mask is {mask.dtype}: masks are bool, True = kept: store mask.bool()"
             )
         return mask
 
@@ -95,10 +100,10 @@ def _places(model: nn.Module) -> Iterator[_Place]:
     for module_name, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList):
             continue  # found from the module whose weight it computes
-        attributes = [key for key, value in module._parameters.items() if value is not None]
         attributes = [
-            key[: -len("_orig")] if key.endswith("_orig") and f"{key[: -len('_orig')]}_mask" in module._buffers else key
-            for key in attributes
+            key.removesuffix("_orig") if key.removesuffix("_orig") + "_mask" in module._buffers else key
+            for key, value in module._parameters.items()
+            if value is not None
         ]
         if parametrize.is_parametrized(module):
             attributes += list(module.parametrizations)  # type: ignore[arg-type]
@@ -113,7 +118,7 @@ def _masked_places(model: nn.Module) -> list[_Place]:
     return [place for place in _places(model) if place.stored_mask() is not None]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading and setting
 
 
@@ -126,11 +131,12 @@ def find_masks(model: nn.Module, *, zeros: bool = False) -> dict[str, Tensor]:
             pruner left nothing but zeros. Never by default: a weight can be zero by chance and still train.
 
     Returns:
-        A weight's logical name (`layer1.0.conv1.weight`) to a bool mask of its shape, True = kept. Empty for a
-        dense model.
+        A weight's logical name (`layer1.0.conv1.weight`) to a bool mask of its shape, True = kept. Empty for
+        a dense model.
 
     Raises:
-        ValueError: a buffer in the place of a mask is not bool; or `zeros` is asked for and nothing is prunable.
+        ValueError: a buffer in the place of a mask is not bool; or `zeros` is asked for and nothing is
+            prunable.
 
     Example:
         >>> import torch
@@ -193,20 +199,26 @@ def _check_mask(place: _Place, mask: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise ValueError(f"the mask of {place.name!r} is a {type(mask).__name__}: pass a bool tensor")
     if mask.dtype != torch.bool:
-        raise ValueError(f"the mask of {place.name!r} is {mask.dtype}: masks are bool (True = kept); use mask.bool()")
+        raise ValueError(
+            f"the mask of {place.name!r} is {mask.dtype}: masks are bool, True = kept: use mask.bool()"
+        )
     if mask.shape != place.parameter.shape:
         raise ValueError(
-            f"the mask of {place.name!r} has shape {tuple(mask.shape)}, its weight {tuple(place.parameter.shape)}"
+            f"the mask of {place.name!r} has shape {tuple(mask.shape)}, "
+            f"but its weight {tuple(place.parameter.shape)}"
         )
-    if place.stored_mask() is not None and (revived := int((mask.to(place.parameter.device) & ~place.mask()).sum())):
+    if place.stored_mask() is None:
+        return
+    revived = int((mask.to(place.parameter.device) & ~place.mask()).sum())
+    if revived:
         raise ValueError(
-            f"the mask of {place.name!r} keeps {revived} weights that are pruned already: there is nothing left to "
-            "revive. Apply it to the dense model instead"
+            f"the mask of {place.name!r} keeps {revived} weights that are pruned already: nothing is left "
+            "to revive. Apply it to the dense model instead"
         )
 
 
 def rewind(masked: Model, initial_state: Mapping[str, Any] | nn.Module) -> Model:
-    """Return a copy of `masked` with an earlier state's weights beneath the same masks (rewinding, paper 4.1).
+    """Return a copy of `masked` with an earlier state's weights beneath the same masks (paper, 4.1).
 
     Everything the state holds comes back, the statistics of normalisation layers too. Masks stay, in the form
     they have, and so does what a tweak has added since, unless the state holds it.
@@ -217,7 +229,8 @@ def rewind(masked: Model, initial_state: Mapping[str, Any] | nn.Module) -> Model
             (step 0 is the original initialisation), or a model that is in that state.
 
     Raises:
-        ValueError: the model has no masks; the state lacks a tensor, or has one that is unknown or of another shape.
+        ValueError: the model has no masks; the state lacks a tensor, or has one that is unknown or of
+            another shape.
 
     Example:
         >>> import copy, torch
@@ -241,7 +254,8 @@ def rewind(masked: Model, initial_state: Mapping[str, Any] | nn.Module) -> Model
     unknown = [name for name in earlier if name not in keys]
     if missing or unknown:
         raise ValueError(
-            f"the state is not of this architecture: it lacks {_listed(missing)} and has in excess {_listed(unknown)}"
+            f"the state is not of this architecture: it lacks {_listed(missing)}, "
+            f"and the model does not know {_listed(unknown)}"
         )
     for name, value in earlier.items():
         old = state[keys[name]]
@@ -262,7 +276,8 @@ def _keys_by_name(state: Mapping[str, Any]) -> dict[str, str]:
     keys = {}
     for key, value in state.items():
         base, _, kind = key.rpartition("_")
-        if kind == "mask" and any(getattr(state.get(k), "shape", None) == value.shape for k in (base, base + "_orig")):
+        masked = state.get(base, state.get(base + "_orig"))
+        if kind == "mask" and isinstance(masked, Tensor) and masked.shape == value.shape:
             continue
         if re.search(r"(^|\.)parametrizations\.\w+\.0\.mask$", key):
             continue
@@ -278,27 +293,29 @@ def _keys_within(model: nn.Module, modules: list[nn.Module]) -> set[str]:
 
 
 def _listed(names: list[str], most: int = 6) -> str:
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more or "nothing"
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Holding
 
 
 @contextmanager
 def keep_masks(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
-    """Hold pruned weights at exactly zero while you train, whatever the optimizer does (paper, section 2).
+    """Hold pruned weights at exactly zero while you train, whatever the optimizer does (paper, section 3).
 
-    On entry the pruned weights, their gradients and their optimizer state are zeroed (momentum, say, from before
-    the masks). Within, a gradient hook on every masked parameter zeroes the gradient of what is pruned, so that
-    gradient clipping, line searches and distributed averaging see the sparse network alone; and after every
-    `optimizer.step()` the pruned weights and their optimizer state are zeroed again, also where the optimizer
-    made them infinite or NaN. On leaving, by whatever way, the hooks are gone and the masks remain.
+    On entry the pruned weights, their gradients and their optimizer state are zeroed (momentum, say, from
+    before the masks). Within, a gradient hook on every masked parameter zeroes the gradient of what is
+    pruned, so that gradient clipping, line searches and distributed averaging see the sparse network alone;
+    and after every `optimizer.step()` the pruned weights and their optimizer state are zeroed again, also
+    where the optimizer made them infinite or NaN. On leaving, by whatever way, the hooks are gone and the
+    masks remain.
 
     The masks are those of the model's buffers at each moment, so a checkpoint may be loaded within. Parameter
-    groups may be added within. Layers of `torch.nn.utils.prune` and mask parametrizations hold their own weights;
-    for these only gradients and optimizer state are held. It costs one integer AND per masked tensor of weights,
-    gradients and state, and the memory of one more copy of the masked weights.
+    groups may be added within. Layers of `torch.nn.utils.prune` and mask parametrizations hold their own
+    weights; for these only gradients and optimizer state are held. It costs one integer AND per masked
+    tensor of weights, gradients and state, and the memory of one more copy of the masked weights.
 
     Args:
         model: the masked model that is trained, also wrapped by torch.compile or DistributedDataParallel.
@@ -324,11 +341,13 @@ def keep_masks(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
         raise ValueError("the model has no masks to keep: use prune or apply_masks first")
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
-            raise ValueError(f"expected torch.optim optimizers after the model, got {type(optimizer).__name__}")
+            raise ValueError(
+                f"expected torch.optim optimizers after the model, got {type(optimizer).__name__}"
+            )
     if not any(parameter in held for optimizer in optimizers for parameter in _parameters_of(optimizer)):
         raise ValueError(
-            "none of the masked parameters is in the optimizers given: build the optimizer from the parameters of "
-            "this very model (every function here returns a new one) and pass it, keep_masks(model, optimizer)"
+            "none of the masked parameters is in the optimizers given: build the optimizer from the parameters "
+            "of this very model (every function here returns a new one), then keep_masks(model, optimizer)"
         )
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -349,22 +368,23 @@ def keep_masks(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
 
 
 class _Held:
-    """A masked parameter, with its mask as integers of the parameter's width: all bits set where kept, else none.
+    """A masked parameter, with its mask as integers of its width: all bits set where kept, else none.
 
-    ANDed into the bits of a tensor they give an exact zero also for NaN and inf, where multiplying would not, and
-    on a CPU in about a tenth of the time of `masked_fill_`.
+    ANDed with the bits of a tensor they give an exact zero also for NaN and inf, where multiplying would
+    not, and on a CPU in about a tenth of the time of `masked_fill_`.
     """
 
     def __init__(self, place: _Place) -> None:
-        self.place = place
+        self._parameter = place.parameter
+        self._plain = place.plain
+        self._buffers, self._key = place.slot()
         self._stored: Tensor | None = None
-        self._version = -1
 
     def bits(self) -> Tensor:
-        stored = self.place.stored_mask()
+        stored = self._buffers[self._key]
         assert stored is not None
-        if stored is not self._stored or stored._version != self._version:
-            integer = _INTEGERS[self.place.parameter.dtype.itemsize]
+        if stored is not self._stored or stored._version != self._version:  # loaded, moved or changed
+            integer = _INTEGERS.get(self._parameter.dtype.itemsize, torch.int8)
             self._bits = (stored != 0).to(integer).neg_()
             self._stored, self._version = stored, stored._version
         return self._bits
@@ -373,20 +393,25 @@ class _Held:
     def zero_(self, tensor: Tensor) -> None:
         """Zero the pruned places of a tensor shaped like the parameter."""
         bits = self.bits()
-        if tensor.dtype.itemsize == bits.dtype.itemsize and tensor.device == bits.device:
+        if _fit(tensor, bits):
             tensor.view(bits.dtype).bitwise_and_(bits)
         else:  # optimizer state of another width, or held elsewhere
             tensor.masked_fill_((bits == 0).to(tensor.device), 0)
 
     def zero_weight_(self) -> None:
-        if self.place.plain:
-            self.zero_(self.place.parameter)
+        if self._plain:
+            self.zero_(self._parameter)
 
     def zeroed(self, gradient: Tensor) -> Tensor:
         bits = self.bits()
-        if gradient.requires_grad:  # backward with create_graph: integers have no derivative
+        # with create_graph the gradient has a gradient itself, and integers have none
+        if gradient.requires_grad or not _fit(gradient, bits):
             return gradient.masked_fill(bits == 0, 0)
         return (gradient.view(bits.dtype) & bits).view(gradient.dtype)
+
+
+def _fit(tensor: Tensor, bits: Tensor) -> bool:
+    return tensor.dtype.itemsize == bits.dtype.itemsize and tensor.device == bits.device
 
 
 def _register_gradient_hook(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> Any:
@@ -416,7 +441,9 @@ def _zero_pruned(optimizer: Optimizer, held: Mapping[nn.Parameter, _Held]) -> No
     if isinstance(optimizer, LBFGS):
         for vector in _lbfgs_vectors(optimizer):
             parameters = list(_parameters_of(optimizer))
-            for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
+            for parameter, part in zip(
+                parameters, vector.split([p.numel() for p in parameters]), strict=True
+            ):
                 if parameter in held:
                     held[parameter].zero_(part.view(parameter.shape))
 
@@ -441,7 +468,7 @@ def _renew_curvature(optimizer: LBFGS) -> None:
         state["H_diag"] = pairs[-1][2] / pairs[-1][0].dot(pairs[-1][0]) if pairs else 1
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Counting
 
 
@@ -502,37 +529,39 @@ class SparsityReport:
 
     @property
     def overall_with_added(self) -> float:
-        """`overall` with what tweaks added counted as kept: compare with an untweaked ticket of this sparsity."""
+        """`overall` with what tweaks added counted as kept: compare with a plain ticket of this sparsity."""
         return _removed(self.kept + self.added_kept, self.weights)
 
     @property
     def of_all_parameters_with_added(self) -> float:
-        """`of_all_parameters` with what tweaks added counted as kept. Below 0 where they add more than was pruned."""
+        """`of_all_parameters` with what tweaks added counted as kept; below 0 if they add more."""
         return _removed(self.parameters_kept + self.added_kept, self.parameters)
 
     def __str__(self) -> str:
-        rows = [("prunable weight", "shape", "weights", "kept", "sparsity", "exact zeros")]
-        for layer in self.layers:
-            shape = "x".join(map(str, layer.shape))
-            removed = _percent(layer.sparsity) if layer.masked else "no mask"
-            rows.append((layer.name, shape, f"{layer.weights:,}", f"{layer.kept:,}", removed, f"{layer.zeros:,}"))
+        kept, parameters_kept = self.kept, self.parameters_kept
+        layers = [
+            _row(x.name, x.weights, x.kept, "x".join(map(str, x.shape)), x.zeros, x.masked)
+            for x in self.layers
+        ]
         totals = [
-            ("prunable weights", "", f"{self.weights:,}", f"{self.kept:,}", _percent(self.overall), ""),
-            ("all parameters", "", f"{self.parameters:,}", f"{self.parameters_kept:,}",
-             _percent(self.of_all_parameters), ""),
-        ]  # fmt: skip
+            _row("prunable weights", self.weights, kept),
+            _row("all parameters", self.parameters, parameters_kept),
+        ]
         if self.added_parameters:
             totals += [
                 ("added by tweaks", "", f"{self.added_parameters:,}", f"{self.added_kept:,}", "", ""),
-                ("prunable, added counted", "", f"{self.weights:,}", f"{self.kept + self.added_kept:,}",
-                 _percent(self.overall_with_added), ""),
-                ("all, added counted", "", f"{self.parameters:,}", f"{self.parameters_kept + self.added_kept:,}",
-                 _percent(self.of_all_parameters_with_added), ""),
-            ]  # fmt: skip
-        widths = [max(len(row[column]) for row in rows + totals) for column in range(len(rows[0]))]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows + totals]
-        rule = "-" * len(lines[0])
-        return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1 : len(rows)], rule, *lines[len(rows) :]])
+                _row("prunable, added counted", self.weights, kept + self.added_kept),
+                _row("all, added counted", self.parameters, parameters_kept + self.added_kept),
+            ]
+        head = ("prunable weight", "shape", "weights", "kept", "sparsity", "exact zeros")
+        columns = list(zip(*[head, *layers, *totals], strict=True))
+        widths = [max(map(len, column)) for column in columns]
+        rule = tuple("-" * width for width in widths)
+        rows = [head, rule, *layers, rule, *totals]
+        return "\n".join(
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+            for row in rows
+        )
 
 
 def sparsity(
@@ -542,15 +571,18 @@ def sparsity(
     include: Selection | None = None,
     exclude: Selection | None = None,
 ) -> SparsityReport:
-    """Count what is left of a model: per layer, of the prunable weights, of all parameters, and with tweaks counted.
+    """Count what is left of a model: per layer, overall, and with what tweaks added (paper, section 3).
 
-    A masked layer is counted by its mask. A layer without one counts as dense, whatever it holds; its exact zeros
-    are shown beside it. A layer that was pruned completely shows as 100 %. A tweak's parameters are counted apart,
-    as kept: the released code of the paper adds a dense projection per skip, several times what survives at 97 %.
+    A masked layer is counted by its mask. A layer without one counts as dense, whatever it holds; its exact
+    zeros are shown beside it. A layer that was pruned completely shows as 100 %. A tweak's parameters are
+    counted apart,
+    as kept: the released code of the paper adds a dense projection per skip, several times what survives at
+        97 %.
 
     Args:
         model: any module, masked or not. It is only read.
-        layers, include, exclude: which weights count as prunable, as in `prunable_weights`. Masked ones always do.
+        layers, include, exclude: which weights count as prunable, as in `prunable_weights`. Masked ones
+            always do.
 
     Raises:
         ValueError: as `prunable_weights` for a wrong selection.
@@ -564,9 +596,9 @@ def sparsity(
         (0.75, 0.6)
         >>> print(report)
         prunable weight   shape  weights  kept  sparsity  exact zeros
-        -------------------------------------------------------------
+        ----------------  -----  -------  ----  --------  -----------
         weight              1x4        4     1   75.00 %            3
-        -------------------------------------------------------------
+        ----------------  -----  -------  ----  --------  -----------
         prunable weights               4     1   75.00 %
         all parameters                 5     2   60.00 %
     """
@@ -610,5 +642,8 @@ def _removed(kept: int, total: int) -> float:
     return 1 - kept / total if total else 0.0
 
 
-def _percent(fraction: float) -> str:
-    return f"{fraction:.2%}".replace("%", " %")
+def _row(
+    label: str, total: int, kept: int, shape: str = "", zeros: int | None = None, masked: bool = True
+) -> tuple[str, ...]:
+    removed = f"{100 * _removed(kept, total):.2f} %" if masked else "no mask"
+    return label, shape, f"{total:,}", f"{kept:,}", removed, "" if zeros is None else f"{zeros:,}"

@@ -42,7 +42,7 @@ def prunable_weights(
     include: Selection | None = None,
     exclude: Selection | None = None,
 ) -> dict[str, nn.Parameter]:
-    """Name the weights that pruning chooses among: by default the paper's, all convolutions (section 4).
+    """Name the weights that pruning chooses among: by default convolutions, as the paper does (4.1).
 
     By default these are the weights of convolutions (1d, 2d, 3d, transposed or not) where the model has any,
     otherwise those of linear layers, attention's projections among them. Never normalisation, biases,
@@ -69,11 +69,11 @@ def prunable_weights(
 
     Example:
         >>> from torch import nn
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Linear(8, 2))
         >>> list(prunable_weights(model))
         ['0.weight', '2.weight']
         >>> list(prunable_weights(model, include=["2", nn.Linear]))
-        ['2.weight', '4.weight']
+        ['2.weight', '3.weight']
     """
     chosen = select_weights(model, layers=layers, include=include, exclude=exclude)
     if not chosen:
@@ -123,7 +123,7 @@ def added_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def parameter_behind(module: nn.Module, attribute: str) -> nn.Parameter | None:
-    """The parameter that training updates for `module.<attribute>`, whichever form its mask has; None if none."""
+    """The parameter that training updates for `module.<attribute>`, in any form of mask; None if none."""
     plain = module._parameters.get(attribute)
     if plain is not None:
         return plain
@@ -135,7 +135,7 @@ def parameter_behind(module: nn.Module, attribute: str) -> nn.Parameter | None:
 
 
 def mask_parametrization(module: nn.Module, attribute: str) -> nn.Module | None:
-    """The parametrization that masks `module.<attribute>`: the only one there, with a buffer `mask` of its shape."""
+    """The parametrization that masks `module.<attribute>`: the only one there, with a buffer `mask`."""
     if not parametrize.is_parametrized(module, attribute):
         return None
     chain = module.parametrizations[attribute]  # type: ignore[index]
@@ -195,7 +195,11 @@ def _classifier(model: nn.Module, weights: list[Weight]) -> nn.Module | None:
     for module in model.modules():
         if module in owners:
             last = module
-        elif "Norm" in type(module).__name__ and not any(True for _ in module.children()) and module not in added:
+        elif (
+            "Norm" in type(module).__name__
+            and not any(True for _ in module.children())
+            and module not in added
+        ):
             last = None
     return last if len(owners) > 1 else None
 
@@ -210,7 +214,9 @@ def _matching(weights: list[Weight], selection: Selection, argument: str) -> lis
     for selector in selectors:
         names = {weight.name for weight in weights if _matches(weight, selector)}
         if not names and isinstance(selector, str):
-            known = [weight.name for weight in weights] + [name for weight in weights for name, _ in weight.inside]
+            known = [weight.name for weight in weights] + [
+                name for weight in weights for name, _ in weight.inside
+            ]
             raise ValueError(
                 f"{argument}: no convolution or linear weight is called or lies inside {selector!r}; "
                 f"close: {close_names(selector, dict.fromkeys(known))}"
@@ -227,7 +233,9 @@ def _matching(weights: list[Weight], selection: Selection, argument: str) -> lis
 
 def _matches(weight: Weight, selector: Selector) -> bool:
     if isinstance(selector, str):
-        return any(fnmatchcase(name, selector) for name in (weight.name, *(name for name, _ in weight.inside)))
+        return any(
+            fnmatchcase(name, selector) for name in (weight.name, *(name for name, _ in weight.inside))
+        )
     if isinstance(selector, type):
         return any(isinstance(module, selector) for _, module in weight.inside)
     if callable(selector):
@@ -242,13 +250,17 @@ def _checked(weight: Weight) -> nn.Parameter:
     parameter = weight.parameter
     if parameter is None:
         raise SurgeryError(
-            f"{weight.name!r} is not a parameter: a parametrization computes it (weight_norm, spectral_norm, ...). "
+            f"{weight.name!r} is not a parameter: a parametrization computes it (weight_norm, ...). "
             "Remove that first (torch.nn.utils.parametrize.remove_parametrizations), or exclude this layer"
         )
     if is_lazy(parameter):
-        raise SurgeryError(f"{weight.name!r} is not initialised yet: run one batch through the lazy model first")
+        raise SurgeryError(
+            f"{weight.name!r} is not initialised yet: run one batch through the lazy model first"
+        )
     if parameter.is_meta:
-        raise SurgeryError(f"{weight.name!r} is on the meta device and has no values: load the model's weights first")
+        raise SurgeryError(
+            f"{weight.name!r} is on the meta device and has no values: load the model's weights first"
+        )
     return parameter
 
 

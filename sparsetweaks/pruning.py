@@ -1,7 +1,7 @@
-"""Pruning: scores say which weights matter, budgets say how many each layer keeps, masks keep the best of each.
+"""Pruning: scores say which weights matter, budgets say how many each layer keeps, masks keep the best.
 
-The three are separate on purpose. A new criterion is a new function to scores, a new allocation a new function to
-budgets, and every pair of them goes together.
+The three are separate on purpose. A new criterion is a new function to scores, a new allocation a new
+function to budgets, and every pair of them goes together.
 """
 
 from __future__ import annotations
@@ -34,31 +34,34 @@ def prune(
     exclude: Selection | None = None,
     generator: torch.Generator | None = None,
 ) -> Model:
-    """Return a copy of `model` with the least important weights pruned: by magnitude, globally (paper, section 4).
+    """Return a copy of `model` with its least important weights pruned (paper, section 3).
 
-    What is pruned already stays pruned: masks only shrink. The count is exact, also where scores are equal: then
-    the weight that comes first goes first. Nothing keeps a layer from being pruned completely (layer collapse,
-    the nearer the sparsity is to 1); `sparsity(model)` shows it.
+    What is pruned already stays pruned: masks only shrink. The count is exact, also where scores are equal:
+        then
+    the weight that comes first goes first. Nothing keeps a layer from being pruned completely (layer
+    collapse, the nearer the sparsity is to 1); `sparsity(model)` shows it.
 
     One level of iterative magnitude pruning is `prune(trained, 0.2, of="remaining")` and `rewind`.
 
     Args:
         model: any module, masked or not. It is not changed.
-        sparsity: the fraction to remove, in [0, 1): of all prunable weights or, with `of="remaining"`, of those
-            that are left. The number removed is rounded to the nearest whole weight.
+        sparsity: the fraction to remove, in [0, 1): of all prunable weights or, with `of="remaining"`, of
+            those that are left. The number removed is rounded to the nearest whole weight.
         method: what makes a weight unimportant: `"magnitude"`, a small absolute value (the default, the
             paper's), or `"random"`, a draw from `generator`.
         scope: how many weights each layer keeps: `"global"`, as the scores of all layers together decide (the
-            default, the paper's); `"layer"`, the same fraction in each; `"erk"`, densities proportional to the sum
-            of a weight's dimensions over their product (Erdos-Renyi-Kernel: Evci et al., RigL, arXiv 1911.11134),
-            but no more than a layer has left.
-        of: what `sparsity` is a fraction of, `"all"` (the default) or `"remaining"` (20 % per level in the paper).
-        layers, include, exclude: which weights are prunable, as in `prunable_weights`; by default convolutions.
+            default, the paper's); `"layer"`, the same fraction in each; `"erk"`, densities proportional to
+            the sum of a weight's dimensions over their product (Erdos-Renyi-Kernel: Evci et al., RigL, arXiv
+            1911.11134), but no more than a layer has left.
+        of: what `sparsity` is a fraction of, `"all"` (the default) or `"remaining"` (20 % per level in the
+            paper).
+        layers, include, exclude: which weights are prunable, as in `prunable_weights`; by default
+            convolutions.
         generator: for `method="random"`, which needs one. Other methods make no use of it.
 
     Returns:
-        A new model with a bool buffer `<parameter>_mask` beside each prunable weight. Masks that were there in
-        another form (`torch.nn.utils.prune`, a mask parametrization) are kept in it.
+        A new model with a bool buffer `<parameter>_mask` beside each prunable weight. Masks that were there
+        in another form (`torch.nn.utils.prune`, a mask parametrization) are kept in it.
 
     Raises:
         ValueError: sparsity outside [0, 1), or less than is pruned already; an unknown method, scope or `of`;
@@ -96,7 +99,7 @@ def prune(
     return apply_masks(model, new)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Scores: a tensor per weight, higher = more important
 
 
@@ -115,7 +118,7 @@ def random_scores(weights: Mapping[str, Tensor], generator: torch.Generator | No
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Budgets: how many weights to keep
 
 
@@ -129,18 +132,18 @@ def _count_kept(masks: Iterable[Tensor], sparsity: float, of: Of, where: str) ->
     kept = total - round(sparsity * total)
     if kept > left:
         raise ValueError(
-            f"sparsity {sparsity} is less than what is pruned of {where} already, {1 - left / total:.4f}: ask for "
-            'more, or for a fraction of what remains with of="remaining"'
+            f"sparsity {sparsity} is less than what is pruned of {where} already, {1 - left / total:.4f}: "
+            'ask for more, or for a fraction of what remains with of="remaining"'
         )
     return kept
 
 
 def erk_budgets(masks: Mapping[str, Tensor], kept: int) -> dict[str, int]:
-    """Share out `kept` weights in proportion to the sum of each weight's dimensions, none more than its mask keeps.
+    """Share out `kept` weights in proportion to the sum of dimensions, to none more than its mask keeps.
 
     A density of (sum of dimensions) / (product of dimensions) times the number of weights is the sum of the
-    dimensions. Layers that would get more than they have are filled, and the rest is shared out again. Fractions
-    are rounded by largest remainders, so that the budgets sum to `kept`.
+    dimensions. Layers that would get more than they have are filled, and the rest is shared out again.
+    Fractions are rounded by largest remainders, so that the budgets sum to `kept`.
     """
     left = {name: int(mask.sum()) for name, mask in masks.items()}
     dimensions = {name: sum(mask.shape) for name, mask in masks.items()}
@@ -163,20 +166,19 @@ def erk_budgets(masks: Mapping[str, Tensor], kept: int) -> dict[str, int]:
     return {name: budgets[name] for name in masks}
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Masks: keep the highest scores among what is kept already
 
 
-def keep_highest_globally(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
+def keep_highest_globally(
+    scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], kept: int
+) -> dict[str, Tensor]:
     """Keep the `kept` highest scores of all layers together."""
-    device = next(iter(masks.values())).device
-    parts = [_scores_left(name, scores[name], mask).to(device) for name, mask in masks.items()]
-    together = torch.cat([part.to(torch.float64) if _mixed(parts) else part for part in parts])
+    parts = [_scores_left(name, scores[name], mask) for name, mask in masks.items()]
+    together = torch.cat(parts)  # where the precisions differ, in the highest
     keep = ~lowest(together, together.numel() - kept)
-    return {
-        name: _narrowed(mask, keeps)
-        for (name, mask), keeps in zip(masks.items(), keep.split([part.numel() for part in parts]), strict=True)
-    }
+    shares = keep.split([part.numel() for part in parts])
+    return {name: _narrowed(mask, share) for (name, mask), share in zip(masks.items(), shares, strict=True)}
 
 
 def keep_highest_per_layer(
@@ -202,15 +204,16 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def _scores_left(name: str, scores: Tensor, mask: Tensor) -> Tensor:
-    """The scores of the weights that are kept so far, as a vector in the order of the weight's indices."""
-    left = scores.to(mask.device)[mask]
+    """The scores of what is kept so far, in the order of the weight's indices.
+
+    On the CPU, where the selection is deterministic, and layers of several devices compare.
+    """
+    left = scores.to(mask.device)[mask].cpu()
     if left.isnan().any():
-        raise ValueError(f"{name!r} has scores that are NaN: its weights have diverged, so there is no order to prune by")
+        raise ValueError(
+            f"{name!r} has scores that are NaN (diverged weights?): there is no order to prune by"
+        )
     return left.float() if left.dtype.itemsize < torch.float32.itemsize else left
-
-
-def _mixed(parts: list[Tensor]) -> bool:
-    return len({part.dtype for part in parts}) > 1
 
 
 def _narrowed(mask: Tensor, keep: Tensor) -> Tensor:
