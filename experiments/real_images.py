@@ -1,0 +1,91 @@
+"""Each tweak on real images at equal numbers of non-zero weights: the table in the README.
+
+ResNet-20 on an image folder (`train/<class>/`, `test/<class>/`), CIFAR-10 as JPEGs for the README. Masks by one-shot
+magnitude pruning of the dense network, trained with the same recipe and rewound to its initialisation. What skips add is
+pruned elsewhere, so that all variants of a sparsity hold equally many non-zeros. A row is appended after each run; started
+again, it goes on where it was.
+
+    python experiments/real_images.py IMAGES --out runs/real --threads 1
+
+Several processes share the grid as `--shard 0/2` and `--shard 1/2`, with the same `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+
+import torch
+
+from sparsetweaks.lottery.config import VARIANTS, Network, Recipe, Tweaks
+from sparsetweaks.lottery.data import Data, load
+from sparsetweaks.lottery.draw import dense_ticket, draw_one_shot
+from sparsetweaks.lottery.results import append_row, read_rows
+from sparsetweaks.lottery.spend import row, run_key, spend
+from sparsetweaks.lottery.store import Ticket
+
+NETWORK = Network(depth=20, width=16)
+RECIPE = Recipe(epochs=30)
+SIZE = 16  # pixels
+LIMIT = 2000  # training images per class, a tenth of which validate
+SPARSITIES = (0.95, 0.9)
+SEEDS = (0, 1, 2)
+NAMES = ("vanilla", "skips", "swish", "scales", "smoothing", "AT+TRT", "AT", "TRT", "mish")
+
+
+def grid() -> list[tuple[int, float, str]]:
+    """The most telling runs first: everything once at the higher sparsity, then the other seeds, then the lower one."""
+    return [(seed, sparsity, name) for sparsity, seed, name in itertools.product(SPARSITIES, SEEDS, NAMES)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", type=Path, help="folder with train/<class>/ and test/<class>/")
+    parser.add_argument("--out", type=Path, default=Path("runs/real"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shard", default="0/1", help="i/n: do every n-th run, starting with the i-th")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    shard, shards = map(int, arguments.shard.split("/"))
+    torch.set_num_threads(arguments.threads)
+    data = load(arguments.images, size=SIZE, limit=LIMIT, cache=arguments.out / "cache").to(arguments.device)
+
+    mine = grid()[shard::shards]
+    dense_first = [(seed, 0.0, "vanilla") for seed in dict.fromkeys(seed for seed, _, _ in mine)]
+    for number, (seed, sparsity, name) in enumerate(mine):
+        if (seed, 0.0, "vanilla") in dense_first:
+            dense_first.remove((seed, 0.0, "vanilla"))
+            run(data, seed, 0.0, "vanilla", arguments.out)
+        print(f"[{number + 1}/{len(mine)}]", end=" ")
+        run(data, seed, sparsity, name, arguments.out)
+
+
+def run(data: Data, seed: int, sparsity: float, name: str, out: Path) -> None:
+    """One cell of the grid, unless its row is there."""
+    ticket = _ticket(data, seed, sparsity, out)
+    tweaks: Tweaks = VARIANTS[name]
+    rows = out / "real_images.csv"
+    done = {(each["run"], each["variant"]) for each in read_rows(rows)}
+    if (run_key(ticket, tweaks, RECIPE, seed=seed), name) in done:
+        return
+    started = time.strftime("%H:%M:%S")
+    trained = spend(ticket, tweaks, data, RECIPE, seed=seed, folder=out / "runs")
+    append_row(rows, row(ticket, name, tweaks, data, RECIPE, trained, seed=seed))
+    print(
+        f"{started} seed {seed}, {sparsity:.0%}, {name}: {trained.test:.4f} in {trained.seconds:.0f} s",
+        flush=True,
+    )
+
+
+def _ticket(data: Data, seed: int, sparsity: float, out: Path) -> Ticket:
+    if not sparsity:
+        return dense_ticket(NETWORK, data, seed=seed)
+    return draw_one_shot(data, NETWORK, RECIPE, seed=seed, folder=out, sparsities=[sparsity])[1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""Data sets as tensors in memory: decoded once, normalised and augmented a whole batch at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsetweaks.lottery.config import LotteryError
+
+VALIDATION = 0.1  # the paper: training images are split 9:1 at random
+DIGITS_TEST = 0.2  # scikit-learn's digits come without a split
+SPLIT_SEED = 0  # one split for all runs, so that a ticket never sees its validation images under another seed
+Examples = list[tuple[Path, int]]  # an image file and its label
+
+
+@dataclass(frozen=True)
+class Images:
+    """Some images, (N, C, H, W) in 0 to 255, and their labels, (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> Images:
+        return Images(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device | str) -> Images:
+        return Images(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set ready for training: three parts, and what it takes to normalise and augment them."""
+
+    name: str
+    train: Images
+    validation: Images
+    test: Images
+    classes: tuple[str, ...]
+    mean: Tensor  # (C, 1, 1), of the training images, in units of 0 to 255
+    std: Tensor
+    flip: bool  # whether a mirrored image is still of its class: not so for digits
+    fingerprint: str  # of every image and label, so that results of other data are never taken for these
+
+    @property
+    def channels(self) -> int:
+        return self.train.images.shape[1]
+
+    def to(self, device: torch.device | str) -> Data:
+        parts = {
+            name: getattr(self, name).to(device) for name in ("train", "validation", "test", "mean", "std")
+        }
+        return replace(self, **parts)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        return (images.float() - self.mean) / self.std
+
+
+def load(
+    source: str | Path = "digits",
+    *,
+    size: int | None = None,
+    limit: int | None = None,
+    cache: Path | None = None,
+) -> Data:
+    """Load a data set by name or folder; the folder's layout is recognised.
+
+    Args:
+        source: `"digits"` (scikit-learn's, 1,797 grey images of 8 by 8, no download), or a folder: `train/` and `test/` with one
+            folder of images per class, torchvision's CIFAR10 or CIFAR100, or Tiny-ImageNet as it is distributed.
+        size: height and width in pixels to bring the images to; default: as they are.
+        limit: at most this many training images per class, always the same ones; default: all.
+        cache: a folder to keep decoded images in, as decoding takes longer than reading them back; default: none.
+
+    Returns:
+        The data, on the CPU, its training images split 9:1 into training and validation (the paper, 4).
+
+    Raises:
+        LotteryError: for a source that is neither, a file that is no image, a class without images, or images of different sizes.
+
+    Example:
+        >>> data = load("digits")
+        >>> len(data.train), len(data.validation), len(data.test), data.channels
+        (1294, 144, 359, 1)
+    """
+    for name, value in (("size", size), ("limit", limit)):
+        if value is not None and value < 2:
+            raise LotteryError(f"{name} must be at least 2, got {value}")
+    folder = Path(source)
+    if str(source) == "digits":
+        name, (train, test, classes) = "digits", _digits()
+    elif not folder.is_dir():
+        raise LotteryError(f"unknown data set {str(source)!r}: neither 'digits' nor a folder that exists")
+    elif (folder / "cifar-10-batches-py").is_dir():
+        name, (train, test, classes) = "cifar10", _cifar(folder, "CIFAR10")
+    elif (folder / "cifar-100-python").is_dir():
+        name, (train, test, classes) = "cifar100", _cifar(folder, "CIFAR100")
+    elif (folder / "val" / "val_annotations.txt").is_file():
+        examples = _tiny_imagenet(folder, limit)
+        name, (train, test, classes) = "tiny-imagenet", _decoded(*examples, size=size, cache=cache)
+    else:
+        name, (train, test, classes) = (
+            folder.resolve().name,
+            _decoded(*_class_folders(folder, limit), size=size, cache=cache),
+        )
+    if size is not None:
+        train, test = _resized(train, size), _resized(test, size)
+    if limit is not None:
+        train = _limited(train, limit)
+    return _prepare(name, train, test, classes)
+
+
+def batches(
+    part: Images, data: Data, *, size: int, padding: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of shuffled, augmented, normalised batches; what does not fill the last one is left for another epoch.
+
+    Args:
+        part: the images to draw from, on the generator's device.
+        data: the data set they belong to.
+        size: images per batch; all of them where there are fewer.
+        padding: how far an image may be shifted, in pixels.
+        generator: of the order, the shifts and the flips.
+
+    Yields:
+        Normalised images (B, C, H, W) as float32, and labels (B,).
+
+    Example:
+        >>> data = load("digits")
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> sum(len(labels) for _, labels in batches(data.train, data, size=128, padding=1, generator=generator))
+        1280
+    """
+    device = part.labels.device
+    order = torch.randperm(len(part), generator=generator, device=device)
+    size = min(size, len(part))
+    for start in range(0, len(part) - size + 1, size):
+        index = order[start : start + size]
+        images = augment(part.images[index], padding=padding, flip=data.flip, generator=generator)
+        yield data.normalise(images), part.labels[index]
+
+
+def augment(images: Tensor, *, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Shift each image by up to `padding` pixels, black coming in at the edge, and mirror every other one.
+
+    Args:
+        images: (B, C, H, W).
+        padding: pixels; 0 shifts nothing.
+        flip: whether to mirror.
+        generator: of the shifts and the flips, on the images' device.
+
+    Returns:
+        Images of the same shape.
+
+    Example:
+        >>> image = torch.arange(4).reshape(1, 1, 2, 2)
+        >>> torch.equal(augment(image, padding=0, flip=False, generator=torch.Generator()), image)
+        True
+    """
+    count, channels, height, width = images.shape
+    device = images.device
+    if padding:
+        padded = F.pad(images, (padding,) * 4)
+        shift = torch.randint(2 * padding + 1, (2, count, 1), generator=generator, device=device)
+        rows = (shift[0] + torch.arange(height, device=device))[:, None, :, None]
+        columns = (shift[1] + torch.arange(width, device=device))[:, None, None, :]
+        each = torch.arange(count, device=device)[:, None, None, None]
+        images = padded[each, torch.arange(channels, device=device)[:, None, None], rows, columns]
+    if flip:
+        mirrored = torch.randint(2, (count, 1, 1, 1), generator=generator, device=device).bool()
+        images = torch.where(mirrored, images.flip(-1), images)
+    return images
+
+
+def _prepare(name: str, train: Images, test: Images, classes: tuple[str, ...]) -> Data:
+    digest = hashlib.sha256()
+    for part in (train, test):
+        digest.update(part.images.contiguous().numpy().tobytes() + part.labels.numpy().tobytes())
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    held_out = max(1, round(VALIDATION * len(train)))
+    train, validation = train[order[held_out:]], train[order[:held_out]]
+    if len(train) < 2:
+        raise LotteryError(
+            f"{name}: {len(train) + len(validation)} training images are too few to train and validate on"
+        )
+    pixels = train.images.float()
+    mean, std = pixels.mean(dim=(0, 2, 3), keepdim=True)[0], pixels.std(dim=(0, 2, 3), keepdim=True)[0]
+    return Data(
+        name,
+        train,
+        validation,
+        test,
+        classes,
+        mean,
+        std.clamp(min=1.0),
+        name != "digits",
+        digest.hexdigest()[:16],
+    )
+
+
+def _digits() -> tuple[Images, Images, tuple[str, ...]]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = (
+        torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
+    )  # they count to 16
+    everything = Images(images, torch.from_numpy(digits.target).long())
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    held_out = round(DIGITS_TEST * len(everything))
+    return everything[order[held_out:]], everything[order[:held_out]], tuple("0123456789")
+
+
+def _cifar(folder: Path, name: str) -> tuple[Images, Images, tuple[str, ...]]:
+    try:
+        from torchvision import datasets
+    except ImportError:
+        raise LotteryError(f"reading {name} needs torchvision: pip install torchvision") from None
+    parts = [getattr(datasets, name)(folder, train=train) for train in (True, False)]
+    train, test = (
+        Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in parts
+    )
+    return train, test, tuple(parts[0].classes)
+
+
+def _class_folders(folder: Path, limit: int | None) -> tuple[Examples, Examples, tuple[str, ...]]:
+    """`train/<class>/*` and `test/<class>/*`; the classes are those of `train`."""
+    for part in ("train", "test"):
+        if not (folder / part).is_dir():
+            raise LotteryError(
+                f"{folder} has no folder {part!r}: an image folder holds train/<class>/ and test/<class>/"
+            )
+    classes = tuple(
+        sorted(entry.name for entry in (folder / "train").iterdir() if _visible(entry) and entry.is_dir())
+    )
+    if len(classes) < 2:
+        raise LotteryError(f"{folder / 'train'} holds {len(classes)} class folders; at least 2 are needed")
+    train = [
+        (file, label)
+        for label, name in enumerate(classes)
+        for file in _sample(folder / "train" / name, limit)
+    ]
+    test = [(file, label) for label, name in enumerate(classes) for file in _files(folder / "test" / name)]
+    return train, test, classes
+
+
+def _tiny_imagenet(folder: Path, limit: int | None) -> tuple[Examples, Examples, tuple[str, ...]]:
+    """As distributed: its test labels were never published, so its validation images are the test set, as is usual."""
+    classes = tuple(sorted(entry.name for entry in (folder / "train").iterdir() if _visible(entry)))
+    label_of = {name: label for label, name in enumerate(classes)}
+    train = [
+        (f, label_of[name]) for name in classes for f in _sample(folder / "train" / name / "images", limit)
+    ]
+    lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+    fields = [line.split("\t") for line in lines if line]
+    return train, [(folder / "val" / "images" / f[0], label_of[f[1]]) for f in fields], classes
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise LotteryError(f"{folder} is missing: every class of the training images needs a folder there")
+    files = sorted(entry for entry in folder.iterdir() if _visible(entry))
+    if not files:
+        raise LotteryError(f"{folder} holds no images")
+    return files
+
+
+def _sample(folder: Path, limit: int | None) -> list[Path]:
+    """All files of a class, or a random choice that is always the same."""
+    files = _files(folder)
+    return (
+        files
+        if limit is None or limit >= len(files)
+        else sorted(random.Random(SPLIT_SEED).sample(files, limit))
+    )
+
+
+def _visible(entry: Path) -> bool:
+    return not entry.name.startswith(".")
+
+
+def _limited(part: Images, limit: int) -> Images:
+    """At most `limit` images of each class; nothing is left to do where the files were already chosen."""
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    chosen = [order[part.labels[order] == label][:limit] for label in part.labels.unique()]
+    return part[torch.cat(chosen).sort().values]
+
+
+def _resized(part: Images, size: int) -> Images:
+    if part.images.shape[-2:] == (size, size):
+        return part
+    images = F.interpolate(part.images.float(), (size, size), mode="bilinear", antialias=True)
+    return Images(images.round().clamp(0, 255).to(torch.uint8), part.labels)
+
+
+def _decoded(
+    train: Examples, test: Examples, classes: tuple[str, ...], *, size: int | None, cache: Path | None
+) -> tuple[Images, Images, tuple[str, ...]]:
+    """Decode two lists of files, or read what an earlier call decoded from the same files (same path, length and time)."""
+    from safetensors.torch import load_file, save_file
+
+    if cache is None:
+        return _decode(train, size), _decode(test, size), classes
+    stats = ((file, label, os.stat(file)) for part in (train, test) for file, label in part)
+    listing = repr((size, [(str(file), label, s.st_size, s.st_mtime_ns) for file, label, s in stats]))
+    path = cache / f"images-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.safetensors"
+    if not path.is_file():
+        parts = {"train": _decode(train, size), "test": _decode(test, size)}
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        save_file(
+            {f"{part}/{kind}": getattr(parts[part], kind) for part in parts for kind in ("images", "labels")},
+            partial,
+        )
+        os.replace(partial, path)
+    tensors = load_file(path)
+    images = [Images(tensors[f"{part}/images"], tensors[f"{part}/labels"]) for part in ("train", "test")]
+    return images[0], images[1], classes
+
+
+def _decode(examples: Examples, size: int | None) -> Images:
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    fit: Callable = lambda image: (
+        image if size is None else ImageOps.fit(image, (size, size), Image.Resampling.BOX)
+    )
+    arrays = []
+    for file, _ in examples:
+        try:
+            with Image.open(file) as image:
+                arrays.append(np.asarray(fit(image.convert("RGB"))))
+        except (UnidentifiedImageError, OSError) as error:
+            raise LotteryError(
+                f"{file} is not an image that Pillow can read: remove it or convert it"
+            ) from error
+        if arrays[-1].shape != arrays[0].shape:
+            raise LotteryError(
+                f"{file} is {arrays[-1].shape[1]} by {arrays[-1].shape[0]} pixels, unlike the first image: give a size"
+            )
+    return Images(
+        torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(),
+        torch.tensor([y for _, y in examples]),
+    )
