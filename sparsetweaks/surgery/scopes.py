@@ -344,6 +344,15 @@ class _Tracer(fx.Tracer):
                 raise Untraceable("its forward computes a tensor that does not depend on its inputs")
         return super().create_arg(a)
 
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        try:
+            return super().iter(obj)
+        except fx.proxy.TraceError:
+            raise Untraceable(f"its forward loops over a value known only at run time ({obj.node.name})") from None
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        raise Untraceable(f"its forward unpacks a mapping known only at run time ({obj.node.name})")
+
     def to_bool(self, obj: fx.Proxy) -> bool:
         if obj.node.op == "placeholder" and obj.node.target in self.plain:
             raise _NotConstant(str(obj.node.target))

@@ -1,0 +1,36 @@
+# Every target sets itself up: a fresh machine needs Python >= 3.10 and make.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+# One thread in each of two test processes: two threads in each is many times slower on two cores.
+ONE    := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+DATA   ?=
+
+.PHONY: demo test test-all fuzz lint results clean
+
+demo: $(READY)
+	$(BIN)/sparsetweaks demo
+
+test: $(READY) lint
+	$(ONE) $(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-all: $(READY) lint
+	$(ONE) $(BIN)/python -m pytest -q -n 2
+
+fuzz: $(READY)
+	$(ONE) SPARSETWEAKS_FUZZ=20000 $(BIN)/python -m pytest -q -n 2 tests/properties
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

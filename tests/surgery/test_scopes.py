@@ -1,0 +1,315 @@
+"""The engine: what a rewritten forward must still do, and what must be left as it is, with the reason."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+import random
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+import sparsetweaks as st
+
+
+class Block(nn.Module):
+    """Every form of a forward's questions in one place; swapped by its ReLU."""
+
+    def __init__(self, width: int = 4, drop: float = 0.5):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.drop = drop
+        self.calls = "kept"
+
+    def forward(self, x, mask=None, flip: bool = False, power=1, *, bias=0.0):
+        """Documented."""
+        x = F.dropout(F.relu(self.linear(x)), self.drop, training=self.training)
+        if mask is not None:
+            x = x * mask
+        if flip:
+            x = -x
+        return x**power + bias
+
+    def method(self) -> str:
+        return self.calls
+
+
+def swapped(model: nn.Module) -> nn.Module:
+    """Rewritten through the real path, to the same function."""
+    result = st.swap_activations(model, nn.ReLU, kinds=("relu",))
+    assert st.changes(result)[-1].rewritten
+    return result
+
+
+def same_forward(left: nn.Module, right: nn.Module, *inputs, **options) -> None:
+    for train in (True, False):
+        outputs = []
+        for model in (left, right):
+            model.train(train)
+            with torch.random.fork_rng():
+                torch.manual_seed(3)
+                outputs.append(model(*inputs, **options))
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mask": torch.tensor(2.0)}, {"flip": True}, {"mask": torch.tensor(0.5), "flip": True}, {"power": 3}, {"bias": 2.0}],
+    ids=str,
+)
+def test_every_case_of_a_forward_survives(options):
+    block = Block()
+    same_forward(block, swapped(block), torch.randn(5, 4), **options)
+
+
+def test_class_methods_signature_and_docstring_survive():
+    block = Block()
+    result = swapped(block)
+    assert isinstance(result, Block)
+    assert result.method() == "kept"
+    assert type(result).__name__ == "Block"
+    assert str(inspect.signature(result.forward)) == str(inspect.signature(block.forward))
+    assert result.forward.__doc__ == "Documented."
+    assert "F.relu" not in inspect.getsource(type(result).forward)
+
+
+def test_an_attribute_taken_as_a_constant_is_guarded():
+    result = swapped(Block())
+    with pytest.raises(AttributeError, match="'drop' became a constant"):
+        result.drop = 0.9
+    result.drop = 0.5
+    result.calls = "changed"
+    assert result.method() == "changed"
+
+
+class TensorOrList(nn.Module):
+    def forward(self, x):
+        if isinstance(x, torch.Tensor):
+            x = [x]
+        return torch.relu(torch.cat(x, 1))
+
+
+def test_a_forward_may_ask_whether_its_input_is_a_tensor():
+    model, x = TensorOrList(), torch.randn(2, 3)
+    same_forward(model, swapped(model), x)
+    same_forward(model, swapped(model), [x, x])
+    same_forward(model, swapped(model), (x, x))
+
+
+class Direct(nn.Module):
+    """Uses its own tensors directly, in every way."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.randn(4))
+        self.register_buffer("count", torch.zeros(()))
+        self.plain = torch.ones(4)
+
+    def forward(self, x):
+        self.count.add_(1)
+        return {"out": torch.relu(x * self.gamma.view(1, -1)) + self.plain, "seen": self.count.clone()}
+
+
+def test_direct_use_of_parameters_buffers_and_tensor_attributes():
+    model = Direct()
+    same_forward(model, swapped(model), torch.randn(3, 4))
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+        self.seen: list = []
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        self.steps += 1
+        return F.relu(self.inner(x))
+
+
+class Appends(Counts):
+    def forward(self, x):
+        self.seen.append(x)
+        return F.relu(self.inner(x))
+
+
+class RandomPython(Counts):
+    def forward(self, x):
+        return F.relu(self.inner(x)) * (2.0 if random.random() < 0.5 else 1.0)
+
+
+class RandomTensor(Counts):
+    def forward(self, x):
+        return F.relu(self.inner(x)) * torch.rand(())
+
+
+class NoGrad(Counts):
+    def forward(self, x):
+        with torch.no_grad():
+            return F.relu(self.inner(x))
+
+
+class Autocast(Counts):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.relu(self.inner(x))
+
+
+class ShapeControl(Counts):
+    def forward(self, x):
+        return F.relu(self.inner(x)) if x.shape[0] > 2 else self.inner(x)
+
+
+class Varargs(Counts):
+    def forward(self, *xs):
+        return sum(F.relu(self.inner(x)) for x in xs)
+
+
+class Kwargs(Counts):
+    def forward(self, x, **options):
+        return F.relu(self.inner(x)) * options.get("scale", 1.0)
+
+
+class ChildMode(Counts):
+    def forward(self, x):
+        return F.dropout(F.relu(self.inner(x)), 0.5, self.inner.training)
+
+
+class MiddleType(Counts):
+    def forward(self, x):
+        y = self.inner(x)
+        return F.relu(y) if isinstance(y, torch.Tensor) else y
+
+
+class Loop(Counts):
+    def forward(self, xs):
+        return [F.relu(self.inner(x)) for x in xs]
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (Counts, "changes the attribute 'steps'"),
+        (Appends, "changes the attribute 'seen'"),
+        (RandomPython, "random numbers"),
+        (RandomTensor, "does not depend on its inputs"),
+        (NoGrad, "gradients or autocast"),
+        (Autocast, "gradients or autocast"),
+        (ShapeControl, "control flow"),
+        (Varargs, r"\*xs"),
+        (Kwargs, r"\*\*options"),
+        (ChildMode, "training"),
+        (MiddleType, "type of an intermediate value"),
+        (Loop, "loops over"),
+    ],
+)
+def test_what_a_trace_would_get_wrong_is_left_and_named(cls, reason):
+    model = nn.Sequential(cls(), nn.ReLU())
+    state, rng = random.getstate(), torch.random.get_rng_state()
+    sites = st.find_activations(model)
+    assert [site.path for site in sites.possible] == ["1"]
+    (left,) = sites.left
+    assert left.scope == "0"
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(left.left)
+    result = st.swap_activations(model, "mish")
+    assert st.changes(result)[0].left == sites.left
+    assert type(result[0]) is cls
+    assert type(result[1]) is nn.Mish
+    assert vars(model[0]).get("steps", 0) == 0
+    assert model[0].seen == []
+    assert random.getstate() == state
+    assert torch.equal(torch.random.get_rng_state(), rng)
+
+
+def test_a_forward_replaced_on_the_instance_is_left():
+    model = Block()
+    model.forward = lambda x: F.relu(x)
+    with pytest.warns(st.NoEffectWarning):
+        assert "replaced on the instance" in st.changes(st.swap_activations(model, "mish"))[0].left[0].left
+
+
+def test_hooks_on_a_rewritten_module_live_on():
+    model = Block()
+    log: list = []
+
+    class Recorder:
+        def __call__(self, module, inputs, output):
+            log.append("object")
+
+        def hook(self, module, inputs, output):
+            log.append("method")
+
+    recorder = Recorder()
+    model.register_forward_hook(recorder.hook)
+    model.register_forward_hook(lambda module, inputs, output: output + 1)
+    model.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    model.linear.register_forward_hook(lambda module, inputs, output: output * 3)
+    same_forward(model, swapped(model), torch.randn(2, 4))
+    assert log == ["method"] * 4
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "save", "twice"])
+def test_a_rewritten_module_copies_and_saves_whole(how):
+    model = nn.Sequential(Block(), Block())
+    result = swapped(model)
+    if how == "deepcopy":
+        other = copy.deepcopy(result)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(result))
+    elif how == "save":
+        file = io.BytesIO()
+        torch.save(result, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = swapped(result)
+    assert type(other[0]) is type(result[0])
+    assert st.changes(other)[0] == st.changes(result)[0]
+    same_forward(model, other, torch.randn(2, 4))
+
+
+def test_alike_blocks_share_their_code_and_unlike_ones_do_not():
+    model = nn.Sequential(Block(4), Block(4), Block(4, drop=0.1))
+    result = swapped(model)
+    assert type(result[0]) is type(result[1])
+    assert type(result[0]) is not type(result[2])
+    same_forward(model, result, torch.randn(2, 4))
+
+
+def test_compiles_whole_and_exports():
+    model = nn.Sequential(Block(), nn.Linear(4, 2)).eval()
+    result = swapped(model)
+    x = torch.randn(3, 4)
+    compiled = torch.compile(result, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    torch.testing.assert_close(torch.export.export(result, (x,)).module()(x), model(x))
+
+
+def test_graph_modules_stay_graph_modules():
+    class Plain(nn.Module):
+        def forward(self, x):
+            return torch.relu(x) + 1
+
+    model = fx.symbolic_trace(Plain())
+    result = st.swap_activations(model, "mish")
+    assert isinstance(result, fx.GraphModule)
+    assert "mish" in result.code
+    assert "mish" not in model.code
+    x = torch.randn(3)
+    torch.testing.assert_close(result(x), F.mish(x) + 1)
+
+
+def test_scripted_modules_are_left():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is retiring TorchScript
+        script = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    model.append(script)
+    sites = st.find_activations(model)
+    assert [site.left for site in sites] == [None, "it is scripted"]
