@@ -29,7 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Pair = tuple[Any, Any]
 Loss = Callable[[Any, Any], Tensor]
 
-# The defaults are those of the command in the README of the authors' follow-up (ToST, ICML 2022). Its code's own
+# The defaults: the command in the README of the authors' follow-up (ToST, ICML 2022). That code's own
 # defaults are 390 iterations, scale_lr 1e-3, gamma infinite and no normalising; GradInit's launch scripts for
 # CIFAR-10 have 390 iterations (DenseNet 780) and a scale_lr of 1e-3 to 1e-1 by network.
 ITERATIONS = 180
@@ -289,7 +289,7 @@ class _Settings:
 
 @dataclass
 class _Scale:
-    """The factor of one tensor, and its Adam: a first moment each for objective and bound, one second moment."""
+    """A tensor's factor and its Adam: a first moment each for objective and bound, one second moment."""
 
     floor: float
     initial_norm: float
@@ -423,7 +423,8 @@ class _Search:
             norm = tensor.norm().item()
             if scale is None or norm == 0:
                 continue
-            derivative = (slope * tensor).sum().item() * scale.initial_norm / norm
+            # The tensor comes first: its memory layout, and not the gradient's, sets the order of the sum.
+            derivative = (tensor * slope).sum().item() * scale.initial_norm / norm
             if not math.isfinite(derivative):
                 raise SurgeryError(f"the derivative with respect to the scale of {name} is {derivative}")
             clip = self.settings.gradient_clip
@@ -584,7 +585,7 @@ def _first_fault(model: nn.Module, inputs: Any) -> str:
                 wrong = [n for n, p in module.named_parameters(recurse=False) if not _finite(p)]
                 because = f", whose {wrong[0]} is not finite either" if wrong else ""
                 faults.append(
-                    f"the first layer with an output that is not finite is {name!r} ({type(module).__name__}){because}"
+                    f"first at fault is the output of layer {name!r} ({type(module).__name__}){because}"
                 )
 
         return module.register_forward_hook(hook)
