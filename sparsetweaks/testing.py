@@ -22,10 +22,10 @@ from __future__ import annotations
 import functools
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ except ImportError as error:
     ) from error
 
 CLASSES = 3
+T = TypeVar("T")
 
 
 # --- The specification of one network: plain data -----------------------------------------------------------
@@ -1263,9 +1264,24 @@ def picklable(model: nn.Module | Spec) -> bool:
 # --- Strategies ---------------------------------------------------------------------------------------------
 
 
-@st.composite
-def specs(draw: st.DrawFn, *, max_blocks: int = 4) -> Spec:
+class _Choices:
+    """Bytes read as choices, one each; zero is the first option, so that shrinking leads to the plain ones."""
+
+    def __init__(self, drawn: bytes) -> None:
+        self._bytes = iter(drawn)
+
+    def among(self, options: Sequence[T]) -> T:
+        return options[next(self._bytes) % len(options)]
+
+
+_BYTES_PER_BLOCK, _BYTES_BESIDES = 7, 16
+
+
+def specs(*, max_blocks: int = 4) -> st.SearchStrategy[Spec]:
     """Strategy for network specifications; failing ones shrink towards one plain convolution block.
+
+    All choices are drawn as one string of bytes. Drawn one by one, hypothesis would mutate each example by
+    copying parts of it around, which makes clusters of like networks and misses hazards for long.
 
     Args:
         max_blocks: most blocks in a network, at least 1.
@@ -1275,46 +1291,51 @@ def specs(draw: st.DrawFn, *, max_blocks: int = 4) -> Spec:
         >>> find(specs(), lambda spec: "form: alias" in hazards(spec)).blocks
         (BlockSpec(form='alias', layer='plain', norm='batch', activation='ReLU', options=()),)
     """
-    network = draw(st.sampled_from(("conv", "conv", "conv", "mlp")))
-    root = draw(st.sampled_from(("tower", *ROOTS)))
-    forms = draw(st.lists(st.sampled_from(tuple(BLOCKS)), min_size=1, max_size=max_blocks, unique=True))
+    size = _BYTES_BESIDES + _BYTES_PER_BLOCK * max_blocks
+    return st.binary(min_size=size, max_size=size).map(lambda drawn: _read_spec(drawn, max_blocks))
+
+
+def _read_spec(drawn: bytes, max_blocks: int) -> Spec:
+    choices = _Choices(drawn[:_BYTES_BESIDES])
+    network = choices.among(("conv", "conv", "conv", "mlp"))
+    root = choices.among(("tower", *ROOTS))
     blocks: list[BlockSpec] = []
-    for form in forms:
-        reshaped = any(block.layer in _RESHAPING for block in blocks)
-        blocks.append(draw(_block_specs(form, network, may_reshape=not reshaped, may_call=root == "tower")))
-    extras = draw(st.lists(st.sampled_from(sorted(_EXTRAS)), max_size=3, unique=True))
+    for number in range(choices.among(range(1, max_blocks + 1))):
+        start = _BYTES_BESIDES + _BYTES_PER_BLOCK * number
+        block_choices = _Choices(drawn[start : start + _BYTES_PER_BLOCK])
+        may_reshape = all(block.layer not in _RESHAPING for block in blocks)
+        blocks.append(_read_block(block_choices, network, may_reshape, root == "tower"))
+    names = [choices.among(tuple(_EXTRAS)) for _ in range(choices.among((0, 1, 1, 2, 3)))]
+    extras = tuple(dict.fromkeys(names))
     if blocks[0].layer in _RESHAPING:
-        extras = [extra for extra in extras if extra != "shared_block"]
-    if "shared_block" in extras:
-        blocks[0] = BlockSpec(*(getattr(blocks[0], name) for name in ("form", "layer", "norm", "activation")))
+        extras = tuple(extra for extra in extras if extra != "shared_block")
     return Spec(
         blocks=tuple(blocks),
         network=network,
-        width=draw(st.sampled_from((4, 8))),
-        size=draw(st.integers(6, 8)),
-        batch=draw(st.integers(2, 4)),
+        width=choices.among((4, 8)),
+        size=choices.among((6, 7, 8)),
+        batch=choices.among((2, 3, 4)),
         root=root,
-        returns=draw(st.sampled_from(RETURNS)) if root == "tower" else "tensor",
-        extras=tuple(extras),
-        seed=draw(st.integers(0, 2**16)),
+        returns=choices.among(RETURNS) if root == "tower" else "tensor",
+        extras=extras,
+        seed=256 * choices.among(range(256)) + choices.among(range(256)),
     )
 
 
-@st.composite
-def _block_specs(draw: st.DrawFn, form: str, network: str, *, may_reshape: bool, may_call: bool) -> BlockSpec:
+def _read_block(choices: _Choices, network: str, may_reshape: bool, may_call: bool) -> BlockSpec:
+    form = choices.among(tuple(BLOCKS))
     layers = _FLAT_LAYERS if network == "mlp" else tuple(_GEOMETRY)
     if BLOCKS[form].adds_input or not may_reshape:
         layers = tuple(layer for layer in layers if layer not in _RESHAPING)
-    options: list[tuple[str, Any]] = []
+    layer = choices.among(layers)
+    norm = choices.among(_FLAT_NORMS if network == "mlp" else _NORMS)
+    activation = choices.among(tuple(ACTIVATIONS))
+    options: tuple[tuple[str, Any], ...] = ()
     if may_call and form in _OPTIONS:
-        options = draw(st.lists(st.sampled_from(_OPTIONS[form]), unique=True, min_size=1))
-    return BlockSpec(
-        form=form,
-        layer=draw(st.sampled_from(layers)),
-        norm=draw(st.sampled_from(_FLAT_NORMS if network == "mlp" else _NORMS)),
-        activation=draw(st.sampled_from(tuple(ACTIVATIONS))),
-        options=tuple(sorted(options)),
-    )
+        first, second = choices.among(_OPTIONS[form]), choices.among(_OPTIONS[form])
+        options = tuple({first[0]: first, second[0]: second}.values())
+        options = choices.among(((), options, options))
+    return BlockSpec(form, layer, norm, activation, options)
 
 
 def models(*, max_blocks: int = 4) -> st.SearchStrategy[nn.Module]:
