@@ -346,7 +346,7 @@ def keep_masks(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
             )
     if not any(parameter in held for optimizer in optimizers for parameter in _parameters_of(optimizer)):
         raise ValueError(
-            "none of the masked parameters is in the optimizers given: build the optimizer from the parameters "
+            "none of the masked parameters is in the optimizers: build the optimizer from the parameters "
             "of this very model (every function here returns a new one), then keep_masks(model, optimizer)"
         )
 
@@ -379,6 +379,7 @@ class _Held:
         self._plain = place.plain
         self._buffers, self._key = place.slot()
         self._stored: Tensor | None = None
+        self._version = -1
 
     def bits(self) -> Tensor:
         stored = self._buffers[self._key]
