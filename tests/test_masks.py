@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -341,7 +342,7 @@ def test_the_sparsity_of_a_model_without_weights_is_zero():
 # ---------------------------------------------------------------------------------------------------------
 # keep_masks: every optimizer against the same optimizer on the survivors alone
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "sgd momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
     "sgd dampening": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5),
@@ -405,7 +406,8 @@ def assert_held(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
     for name, mask in find_masks(model).items():
         parameter = model.get_parameter(name)
         assert (parameter[~mask] == 0).all(), name
-        assert parameter[mask].isfinite().all() and (parameter[mask] != 0).any(), name
+        assert parameter[mask].isfinite().all(), name
+        assert (parameter[mask] != 0).any(), name
         assert parameter.grad is None or (parameter.grad[~mask] == 0).all(), name
         for optimizer in optimizers:
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -433,7 +435,7 @@ def test_every_optimizer_holds_and_trains_the_survivors_as_if_nothing_else_were_
     reference = Survivors(ticket)
     optimizer = OPTIMIZERS[name](ticket.parameters())
     beside = train(reference, OPTIMIZERS[name](reference.parameters()))
-    close = dict(rtol=1e-4, atol=1e-6) if "lbfgs" in name else dict(rtol=1e-6, atol=1e-8)
+    close = {"rtol": 1e-4, "atol": 1e-6} if "lbfgs" in name else {"rtol": 1e-6, "atol": 1e-8}
     with keep_masks(ticket, optimizer):
         for _ in train(ticket, optimizer):
             assert_held(ticket, optimizer)
@@ -463,7 +465,9 @@ def test_masked_sgd_by_hand_bit_for_bit():
     masks = find_masks(ticket)
     hand = copy.deepcopy(ticket)
     buffers = {name: torch.zeros_like(p) for name, p in hand.named_parameters()}
-    optimizer = torch.optim.SGD(ticket.parameters(), lr=lr, momentum=momentum, weight_decay=decay, foreach=False)
+    optimizer = torch.optim.SGD(
+        ticket.parameters(), lr=lr, momentum=momentum, weight_decay=decay, foreach=False
+    )
     with keep_masks(ticket, optimizer):
         for step in train(ticket, optimizer):
             hand.zero_grad()
@@ -549,9 +553,11 @@ class Reckless(torch.optim.Optimizer):
             parameter.view(-1)[(~mask).flatten().nonzero()[1]] = -0.0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]
+)
 def test_nan_and_infinity_leave_exact_zeros_in_every_precision(dtype):
-    layer = nn.Linear(8, 8, bias=False).to(dtype)
+    layer = nn.Linear(8, 8, bias=False, dtype=dtype)
     ticket = apply_masks(layer, random_masks(layer, "weight"))
     ticket.weight.mask_of_test = ticket.weight_mask
     optimizer = Reckless(ticket.parameters())
@@ -641,7 +647,9 @@ def test_channels_last_weights_are_held():
         for _ in train(ticket, optimizer):
             assert_held(ticket, optimizer)
             next(beside)
-            torch.testing.assert_close(ticket[0].weight, reference.weights()["0.weight"], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                ticket[0].weight, reference.weights()["0.weight"], rtol=1e-3, atol=1e-4
+            )
 
 
 def test_higher_derivatives_pass_through_the_gradient_hook():
@@ -692,13 +700,19 @@ def test_nothing_is_left_behind(raises):
 def test_mistakes_are_told():
     model = small_model()
     ticket = prune(model, 0.5)
-    with pytest.raises(ValueError, match="no masks to keep"), keep_masks(model, OPTIMIZERS["sgd"](model.parameters())):
+    with (
+        pytest.raises(ValueError, match="no masks to keep"),
+        keep_masks(model, OPTIMIZERS["sgd"](model.parameters())),
+    ):
         pass
-    with pytest.raises(ValueError, match="of this very model"), keep_masks(ticket, OPTIMIZERS["sgd"](model.parameters())):
+    with (
+        pytest.raises(ValueError, match="of this very model"),
+        keep_masks(ticket, OPTIMIZERS["sgd"](model.parameters())),
+    ):
         pass
     with pytest.raises(ValueError, match="of this very model"), keep_masks(ticket):
         pass
-    with pytest.raises(ValueError, match="expected torch.optim optimizers"), keep_masks(ticket, "sgd"):
+    with pytest.raises(ValueError, match=r"expected torch\.optim optimizers"), keep_masks(ticket, "sgd"):
         pass
 
 
@@ -706,46 +720,46 @@ def test_mistakes_are_told():
 # keep_masks: compiled and distributed
 
 
-@pytest.mark.parametrize("enter_first", [True, False])
-@pytest.mark.parametrize("name", ["sgd momentum", "adam"])
-def test_a_compiled_train_step(name, enter_first):
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["aot_eager", "inductor"]
+)
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_a_compiled_model_and_a_compiled_optimizer_step(backend, compiled_before):
     torch._dynamo.reset()
     ticket = prune(small_model(), 0.6)
     eager = copy.deepcopy(ticket)
-    optimizer = OPTIMIZERS[name](ticket.parameters())
-    compiled = torch.compile(ticket, backend="aot_eager")
-    update = torch.compile(optimizer.step, backend="aot_eager")
-    if not enter_first:
+    optimizer, plain = (OPTIMIZERS["sgd momentum"](model.parameters()) for model in (ticket, eager))
+    compiled = torch.compile(ticket, backend=backend)
+    update = torch.compile(optimizer.step, backend=backend)
+    if compiled_before:
         loss_of(compiled).backward()
         update()
-        optimizer.zero_grad()
-        eager.load_state_dict(ticket.state_dict())
-        optimizer = OPTIMIZERS[name](ticket.parameters())
-        update = torch.compile(optimizer.step, backend="aot_eager")
-    plain = OPTIMIZERS[name](eager.parameters())
+        loss_of(eager).backward()
+        plain.step()
     with keep_masks(compiled, optimizer), keep_masks(eager, plain):
         for seed in range(STEPS):
-            optimizer.zero_grad()
-            loss_of(compiled, seed=seed).backward()
-            update()
+            for model, optim, step in ((compiled, optimizer, update), (eager, plain, plain.step)):
+                optim.zero_grad()
+                loss_of(model, seed=seed).backward()
+                with torch.no_grad():  # what only the hook after the step can undo
+                    model.get_submodule("_orig_mod" if model is compiled else "")[0].weight.sub_(1e-3)
+                step()
             assert_held(ticket, optimizer)
-            next(train(eager, plain, steps=1)) if seed == 0 else None
-            if seed == 0:
-                for key, value in eager.named_parameters():
-                    torch.testing.assert_close(ticket.get_parameter(key), value, rtol=1e-4, atol=1e-6)
+            for name, value in eager.named_parameters():
+                torch.testing.assert_close(ticket.get_parameter(name), value, rtol=1e-4, atol=1e-6)
 
 
+# torch's own tracer looks at the gradient of the loss, which is no leaf
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_whole_step_in_one_compiled_function():
     torch._dynamo.reset()
     ticket = prune(small_model(), 0.6)
-    optimizer = OPTIMIZERS["adam"](ticket.parameters())
+    optimizer = OPTIMIZERS["sgd momentum"](ticket.parameters())
 
-    def step(inputs: Tensor, targets: Tensor) -> Tensor:
+    def step(inputs: Tensor, targets: Tensor) -> None:
         optimizer.zero_grad()
-        loss = F.cross_entropy(ticket(inputs), targets)
-        loss.backward()
+        F.cross_entropy(ticket(inputs), targets).backward()
         optimizer.step()
-        return loss
 
     with keep_masks(ticket, optimizer):
         compiled = torch.compile(step, backend="aot_eager")
@@ -756,7 +770,9 @@ def test_a_whole_step_in_one_compiled_function():
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 def test_distributed_data_parallel(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
     try:
         ticket = prune(small_model(), 0.6)
         wrapped = nn.parallel.DistributedDataParallel(ticket)
