@@ -2,10 +2,10 @@
 
     python benchmarks/keep_masks.py --steps 5 --repeats 7
 
-Each repeat trains two copies of one pruned model for a number of steps, one with `keep_masks` and one without, in
-an order that alternates, and compares the two. Printed are the medians per step, the median of the repeats' ratios
-and their quartiles. The line "holding alone" times the work of `keep_masks` by itself: the difference between two
-long times drowns in their noise, this does not.
+Each repeat trains two copies of one pruned model for a number of steps, one with `keep_masks` and one
+without, in an order that alternates, and compares the two. Printed are the medians per step, the median of the
+repeats' ratios and their quartiles. The line "holding alone" times the work of `keep_masks` by itself, which
+the noise of two long times does not drown.
 """
 
 from __future__ import annotations
@@ -138,12 +138,11 @@ def measure(name: str, *, steps: int, repeats: int, batch_size: int, device: tor
 
         hooks()
         alone = statistics.median(seconds_per_step(hooks, steps, device) for _ in range(repeats))
-    print(
-        f"{name}, batch {batch_size}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
-        f"{1e3 * without:.2f} ms a step without keep_masks, {1e3 * with_masks:.2f} ms with it\n"
-        f"  ratio {statistics.median(ratios):.4f} (quartiles {low:.4f} to {high:.4f}, {repeats} pairs of {steps} steps)\n"
-        f"  holding alone {1e3 * alone:.3f} ms, {alone / without:.2%} of a step"
-    )
+    where = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{name}, batch {batch_size}, {SPARSITY:.0%} sparse, {where}, {repeats} pairs of {steps} steps")
+    print(f"  a step: {1e3 * without:.2f} ms without keep_masks, {1e3 * with_masks:.2f} ms with it")
+    print(f"  ratio: {statistics.median(ratios):.4f}, quartiles {low:.4f} to {high:.4f}")
+    print(f"  holding alone: {1e3 * alone:.3f} ms, {alone / without:.2%} of a step")
 
 
 def main() -> None:
