@@ -1,4 +1,4 @@
-"""Soft labels: both forms against their formulas, the loss against PyTorch's, distillation against Hinton's."""
+"""Soft labels: both forms against their formulas, the losses against PyTorch's and Hinton's, bad input."""
 
 from __future__ import annotations
 
