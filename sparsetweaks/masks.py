@@ -180,19 +180,35 @@ def apply_masks(model: Model, masks: Mapping[str, Tensor]) -> Model:
     if not masks:
         raise ValueError("no masks given: pass a dict of parameter name to bool mask, e.g. from find_masks")
     known = {place.name: place for place in _places(model)}
-    tied: dict[nn.Parameter, str] = {}
+    given: dict[nn.Parameter, str] = {}
     for name, mask in masks.items():
         if name not in known:
             raise ValueError(f"no parameter is called {name!r}; close: {close_names(name, known)}")
         _check_mask(known[name], mask)
-        first = tied.setdefault(known[name].parameter, name)
+        first = given.setdefault(known[name].parameter, name)
         if first != name and not torch.equal(mask.cpu(), masks[first].cpu()):
             raise ValueError(f"{first!r} and {name!r} are one tied weight: give both the same mask")
+    already = masks_by_parameter(model)
+    for parameter, name in given.items():
+        revived = (
+            int((masks[name].to(parameter.device) & ~already[parameter]).sum()) if parameter in already else 0
+        )
+        if revived:
+            raise ValueError(
+                f"the mask of {name!r} keeps {revived} weights that are pruned already: nothing is left to revive. "
+                "Apply it to the dense model instead"
+            )
     masked = copy_model(model)
     for place in list(_places(masked)):
-        if place.name in masks:
-            place.set_mask(masks[place.name])
+        first = given.get(known[place.name].parameter, "")
+        if place.name in masks or (first and place.stored_mask() is not None):
+            place.set_mask(masks[first])
     return masked
+
+
+def masks_by_parameter(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """`find_masks` by parameter, so that a tied weight's mask is found from any of its names."""
+    return {place.parameter: place.mask() for place in _masked_places(model)}
 
 
 def _check_mask(place: _Place, mask: Tensor) -> None:
@@ -206,14 +222,6 @@ def _check_mask(place: _Place, mask: Tensor) -> None:
         raise ValueError(
             f"the mask of {place.name!r} has shape {tuple(mask.shape)}, "
             f"but its weight {tuple(place.parameter.shape)}"
-        )
-    if place.stored_mask() is None:
-        return
-    revived = int((mask.to(place.parameter.device) & ~place.mask()).sum())
-    if revived:
-        raise ValueError(
-            f"the mask of {place.name!r} keeps {revived} weights that are pruned already: nothing is left "
-            "to revive. Apply it to the dense model instead"
         )
 
 

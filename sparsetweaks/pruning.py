@@ -12,7 +12,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from sparsetweaks.masks import apply_masks, find_masks
+from sparsetweaks.masks import apply_masks, masks_by_parameter
 from sparsetweaks.prunable import Selection, prunable_weights
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -83,8 +83,8 @@ def prune(
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is the fraction to remove, in [0, 1); got {sparsity}")
     weights = prunable_weights(model, layers=layers, include=include, exclude=exclude)
-    masked = find_masks(model)
-    masks = {name: masked.get(name, torch.ones_like(w, dtype=torch.bool)) for name, w in weights.items()}
+    already = masks_by_parameter(model)
+    masks = {name: already.get(w, torch.ones_like(w, dtype=torch.bool)) for name, w in weights.items()}
 
     scores = magnitude_scores(weights) if method == "magnitude" else random_scores(weights, generator)
     if scope == "global":

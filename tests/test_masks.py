@@ -188,6 +188,14 @@ def test_a_tied_weight_has_one_mask_and_stays_tied():
     assert sparsity(masked).kept == int(masks["0.weight"].sum())
     both = apply_masks(tied_model(), {"0.weight": masks["0.weight"], "1.weight": masks["0.weight"].clone()})
     assert len(sparsity(both).layers) == 1
+    second = apply_masks(tied_model(), {"1.weight": masks["0.weight"]})  # from its other name, too
+    for model in (masked, both, second):
+        further = prune(model, 0.9)
+        for mask in find_masks(further).values():
+            assert not (mask & ~masks["0.weight"]).any()
+            assert torch.equal(further[0].weight, model[0].weight * mask)
+    with pytest.raises(ValueError, match="nothing is left to revive"):
+        apply_masks(second, {"0.weight": torch.ones(4, 4, dtype=torch.bool)})
     with pytest.raises(ValueError, match="one tied weight"):
         apply_masks(tied_model(), {"0.weight": masks["0.weight"], "1.weight": ~masks["0.weight"]})
 
@@ -427,6 +435,8 @@ def assert_lbfgs_held(model: nn.Module, optimizer: torch.optim.LBFGS) -> None:
     vectors = [state["d"], state["prev_flat_grad"], *state["old_dirs"], *state["old_stps"]]
     assert len(vectors) > 2
     assert all((vector[~kept] == 0).all() for vector in vectors)
+    for y, s, rho in zip(state["old_dirs"], state["old_stps"], state["ro"], strict=True):
+        torch.testing.assert_close(rho, 1 / y.dot(s))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
