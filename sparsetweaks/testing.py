@@ -1265,7 +1265,7 @@ def picklable(model: nn.Module | Spec) -> bool:
 
 
 class _Choices:
-    """Bytes read as choices, one each; zero is the first option, so that shrinking leads to the plain ones."""
+    """Bytes read as choices, one each; zero is the first option, so that shrinking leads to plain ones."""
 
     def __init__(self, drawn: bytes) -> None:
         self._bytes = iter(drawn)

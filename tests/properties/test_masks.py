@@ -1,0 +1,121 @@
+"""Masks live through every surgery, copy, save and optimizer step, in the form in which they came.
+
+`SPARSETWEAKS_FUZZ` is the number of networks over all tests of this file and `test_surgery.py`; 600 unless told.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sparsetweaks.errors import NoEffectWarning
+from sparsetweaks.masks import apply_masks, find_masks, keep_masks
+from sparsetweaks.surgery.activations import swap_activations
+from sparsetweaks.surgery.skips import inject_skips
+from sparsetweaks.testing import (
+    build,
+    differences,
+    example_batch,
+    isolated_rng,
+    mask_model,
+    masked_models,
+    masks,
+    observe,
+    snapshot,
+    specs,
+)
+
+NETWORKS = int(os.environ.get("SPARSETWEAKS_FUZZ", "600"))
+drawn = settings(
+    max_examples=max(1, NETWORKS // 24),
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def tweak(model: nn.Module) -> nn.Module:
+    """Both architecture tweaks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        return swap_activations(inject_skips(model, strength="learned", norm=True), "silu")
+
+
+def weight(model: nn.Module, name: str) -> Tensor:
+    owner, _, parameter = name.rpartition(".")
+    return getattr(model.get_submodule(owner), parameter)
+
+
+@drawn
+@given(masked=masked_models())
+def test_surgery_keeps_masks_in_their_form_and_the_given_model_untouched(masked):
+    with isolated_rng(0):
+        before = snapshot(masked.model)
+        result = tweak(masked.model)
+        assert differences(before, snapshot(masked.model)) == []
+    for name, mask in masked.masks.items():
+        assert bool((weight(result, name)[~mask] == 0).all())
+        owner = name.rpartition(".")[0]
+        tensors = set(masked.model.get_submodule(owner).state_dict(keep_vars=True))
+        assert tensors <= set(result.get_submodule(owner).state_dict(keep_vars=True))
+    kept = find_masks(result)
+    assert set(kept) == (set(masked.masks) if masked.form != "zeros" else set())
+    for name, mask in kept.items():
+        assert torch.equal(mask, masked.masks[name]), name
+
+
+@drawn
+@given(masked=masked_models())
+def test_a_masked_model_copies_after_it_has_run(masked):
+    observe(masked.model, example_batch(masked.model.spec))
+    result = tweak(masked.model)
+    for name, mask in masked.masks.items():
+        assert bool((weight(result, name)[~mask] == 0).all())
+    if masked.form != "torch_prune":  # torch's own copy of those fails after a forward
+        assert set(copy.deepcopy(result).state_dict()) == set(result.state_dict())
+
+
+@drawn
+@given(masked=masked_models(forms=("buffers", "torch_prune")), adam=st.booleans())
+def test_pruned_weights_stay_zero_after_optimizer_steps_on_a_tweaked_model(masked, adam):
+    model = tweak(masked.model).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if adam:
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1)
+    else:
+        optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.1)
+    inputs, _ = example_batch(masked.model.spec)
+    with isolated_rng(0), keep_masks(model, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            output = torch.utils._pytree.tree_leaves(model(inputs.clone()))[0]
+            output.square().mean().backward()
+            optimizer.step()
+    model.eval()(inputs.clone())  # `torch.nn.utils.prune` computes the weight at each forward
+    for name, mask in masked.masks.items():
+        assert bool((weight(model, name)[~mask] == 0).all()), name
+
+
+@drawn
+@given(data=st.data(), spec=specs())
+def test_applied_masks_are_found_again_and_change_nothing_else(data, spec):
+    model = build(spec)
+    chosen = data.draw(masks(model))
+    with isolated_rng(0):
+        before = snapshot(model)
+        result = apply_masks(model, chosen)
+        assert differences(before, snapshot(model)) == []
+    found = find_masks(result)
+    assert {name: mask.tolist() for name, mask in found.items()} == {
+        name: mask.tolist() for name, mask in chosen.items()
+    }
+    twin = mask_model(build(spec), chosen, "buffers")
+    batch = example_batch(spec)
+    assert differences(observe(twin, batch), observe(result, batch)) == []
