@@ -76,8 +76,8 @@ def load(
     """Load a data set by name or folder; the folder's layout is recognised.
 
     Args:
-        source: `"digits"` (scikit-learn's, 1,797 grey images of 8 by 8, no download), or a folder: `train/` and `test/` with one
-            folder of images per class, torchvision's CIFAR10 or CIFAR100, or Tiny-ImageNet as it is distributed.
+        source: `"digits"` (scikit-learn's, 1,797 grey images of 8 by 8, no download), or a folder: `train/` and
+            `test/` with one folder of images per class, torchvision's CIFAR10 or CIFAR100, or Tiny-ImageNet as it is distributed.
         size: height and width in pixels to bring the images to; default: as they are.
         limit: at most this many training images per class, always the same ones; default: all.
         cache: a folder to keep decoded images in, as decoding takes longer than reading them back; default: none.
@@ -86,7 +86,9 @@ def load(
         The data, on the CPU, its training images split 9:1 into training and validation (the paper, 4).
 
     Raises:
-        LotteryError: for a source that is neither, a file that is no image, a class without images, or images of different sizes.
+        LotteryError: for a source that is neither, a file that is no image, a class without images, or images that
+            differ in size.
+            differ in size.
 
     Example:
         >>> data = load("digits")

@@ -66,6 +66,7 @@ def draw(
     fraction: float = FRACTION,
     rewind_epoch: int = 0,
     on_epoch: Callable[[Trained], None] | None = None,
+    on_ticket: Callable[[Ticket], None] | None = None,
 ) -> list[Ticket]:
     """Draw tickets by iterative magnitude pruning with rewinding (the paper, 2; Frankle and Carbin 2019).
 
@@ -82,6 +83,7 @@ def draw(
         fraction: of the remaining weights to prune per level, in (0, 1).
         rewind_epoch: epoch of the dense training to rewind to; 0 is the initialisation.
         on_epoch: see `train`.
+        on_ticket: called with each ticket when it is drawn.
 
     Returns:
         The tickets of level 0 (dense) to `levels`.
@@ -102,6 +104,8 @@ def draw(
             )
         ticket = _pruned(ticket, trained, recipe, fraction, folder, rewind_epoch)
         tickets.append(ticket)
+        if on_ticket is not None:
+            on_ticket(ticket)
     return tickets
 
 
@@ -115,6 +119,7 @@ def draw_one_shot(
     sparsities: Sequence[float],
     rewind_epoch: int = 0,
     on_epoch: Callable[[Trained], None] | None = None,
+    on_ticket: Callable[[Ticket], None] | None = None,
 ) -> list[Ticket]:
     """Draw a ticket per sparsity by one-shot magnitude pruning: train once, prune once, rewind.
 
@@ -127,6 +132,7 @@ def draw_one_shot(
         sparsities: fractions of the weights to remove, each in (0, 1).
         rewind_epoch: epoch of the dense training to rewind to; 0 is the initialisation.
         on_epoch: see `train`.
+        on_ticket: called with each ticket when it is drawn.
 
     Returns:
         The dense ticket, then one per sparsity, all of those of level 1.
@@ -138,7 +144,11 @@ def draw_one_shot(
         if not 0 < sparsity < 1:
             raise LotteryError(f"sparsity must lie between 0 and 1, got {sparsity}")
     ticket, trained = _dense(data, network, recipe, seed, folder, rewind_epoch, on_epoch)
-    return [ticket, *(_pruned(ticket, trained, recipe, each, folder, rewind_epoch) for each in sparsities)]
+    tickets = [_pruned(ticket, trained, recipe, each, folder, rewind_epoch) for each in sparsities]
+    if on_ticket is not None:
+        for drawn in tickets:
+            on_ticket(drawn)
+    return [ticket, *tickets]
 
 
 def ticket_path(folder: Path, ticket: Ticket) -> Path:

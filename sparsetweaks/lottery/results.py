@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
-import os
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sparsetweaks.lottery.config import LotteryError
+from sparsetweaks.lottery.config import VARIANTS, LotteryError
 
-Row = Mapping[str, Any]
+BASELINE = "vanilla"
+_T_975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+_LOOK = {  # colours of Okabe and Ito, told apart by colour-blind readers; markers for those who print in grey
+    "vanilla": ("#000000", "o"),
+    "AT": ("#0072B2", "s"),
+    "TRT": ("#E69F00", "^"),
+    "AT+TRT": ("#009E73", "D"),
+    "skips": ("#56B4E9", "v"),
+    "swish": ("#CC79A7", "P"),
+    "mish": ("#D55E00", "X"),
+    "scales": ("#8C6BB1", "<"),
+    "smoothing": ("#A6761D", ">"),
+}
 
 
-def append_row(path: Path, row: Row) -> None:
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add one line to a CSV file, in a single write, so that several processes can add to one file.
 
     Args:
@@ -26,8 +42,8 @@ def append_row(path: Path, row: Row) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            _create(path, _line(row))
+        with contextlib.suppress(FileExistsError), path.open("x", newline="") as file:
+            file.write(_line(row))
         with path.open(newline="") as file:
             columns = next(csv.reader(file), [])
         if columns != list(row):
@@ -64,15 +80,192 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return list({(row["run"], row["variant"]): row for row in rows}.values())
 
 
-def _create(path: Path, header: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(header, newline="")
+class Cell(NamedTuple):
+    """Accuracies of one variant at one sparsity, by seed, in percent."""
+
+    by_seed: dict[int, float]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.by_seed.values()) / len(self.by_seed)
+
+    @property
+    def interval(self) -> float | None:
+        """Half the width of the 95 % t-interval of the mean; None for a single seed."""
+        count = len(self.by_seed)
+        if count < 2:
+            return None
+        variance = sum((value - self.mean) ** 2 for value in self.by_seed.values()) / (count - 1)
+        return t_quantile(count - 1) * math.sqrt(variance / count)
+
+    def over(self, other: Cell) -> Cell | None:
+        """The gain over another variant, seed by seed, as both start from the same ticket."""
+        common = self.by_seed.keys() & other.by_seed.keys()
+        return Cell({seed: self.by_seed[seed] - other.by_seed[seed] for seed in common}) if common else None
+
+
+Summary = dict[float, dict[str, Cell]]  # by sparsity and variant
+
+
+def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Summary]:
+    """Gather rows that may be compared: same data, network and recipe.
+
+    Args:
+        rows: from `read_rows`.
+
+    Returns:
+        By the setting's title: by sparsity and variant, the test accuracies by seed.
+
+    Example:
+        >>> row = {"data": "digits", "architecture": "resnet8", "width": 8, "epochs": 2, "image_size": 8, "train_images": 99}
+        >>> rows = [{**row, "sparsity": 0.5, "variant": "AT", "seed": seed, "test": 0.9 + seed / 10} for seed in (0, 1)]
+        >>> summarise(rows)["resnet8, width 8, on digits (99 images of 8 x 8, 2 epochs)"][0.5]["AT"].mean
+        95.0
+    """
+    settings: dict[str, Summary] = {}
+    for row in rows:
+        title = (
+            f"{row['architecture']}, width {row['width']}, on {row['data']} "
+            f"({int(row['train_images']):,} images of {row['image_size']} x {row['image_size']}, {row['epochs']} epochs)"
+        )
+        sparsity = round(float(row["sparsity"]), 4)
+        cells = settings.setdefault(title, {}).setdefault(sparsity, {})
+        cells.setdefault(row["variant"], Cell({})).by_seed[int(row["seed"])] = 100 * float(row["test"])
+    return settings
+
+
+def table(summary: Summary) -> str:
+    """Test accuracy per sparsity and variant with its 95 % interval, and the gains over vanilla, as text (and Markdown).
+
+    Args:
+        summary: one setting of `summarise`.
+
+    Returns:
+        Two tables, one below the other; the second only where there is something to compare.
+
+    Example:
+        >>> print(table({0.5: {"vanilla": Cell({0: 90.0, 1: 92.0}), "AT": Cell({0: 91.0, 1: 93.0})}}))
+        | test accuracy, % | vanilla     | AT          |
+        |------------------|-------------|-------------|
+        | 50 % sparse      | 91.0 ± 12.7 | 92.0 ± 12.7 |
+        <BLANKLINE>
+        | points gained | AT         |
+        |---------------|------------|
+        | 50 % sparse   | +1.0 ± 0.0 |
+        <BLANKLINE>
+        mean ± half of the 95 % t-interval over 2 seeds; gains are paired by seed
+    """
+    variants = _ordered({name for cells in summary.values() for name in cells})
+    lines = [["test accuracy, %", *variants]]
+    gains = [["points gained", *(name for name in variants if name != BASELINE)]]
+    for sparsity in sorted(summary):
+        cells = summary[sparsity]
+        title = f"{100 * sparsity:.4g} % sparse" if sparsity else "dense"
+        lines.append([title, *(_text(cells.get(name), "") for name in variants)])
+        if BASELINE in cells and len(cells) > 1:
+            over = [cells[name].over(cells[BASELINE]) if name in cells else None for name in gains[0][1:]]
+            gains.append([title, *(_text(cell, "+") for cell in over)])
+    seeds = sorted({len(cell.by_seed) for cells in summary.values() for cell in cells.values()})
+    count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    note = f"mean ± half of the 95 % t-interval over {count} seeds; gains are paired by seed"
+    return "\n\n".join([_grid(lines), *([_grid(gains)] if len(gains) > 1 else []), note])
+
+
+def plot(settings: Mapping[str, Summary], path: Path) -> None:
+    """Draw test accuracy against sparsity, a line per variant with its 95 % interval, dense as a dashed line.
+
+    Args:
+        settings: from `summarise`; each gets a panel.
+        path: of the PNG; its folder is made.
+
+    Raises:
+        LotteryError: when there is nothing to draw, or the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    drawn = {title: summary for title, summary in settings.items() if any(summary)}
+    if not drawn:
+        raise LotteryError("there are no results of sparse networks to draw yet")
+    figure = Figure(figsize=(8 * len(drawn), 5.2), layout="constrained", dpi=150)
+    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for axes, (title, summary) in zip(panels, drawn.items(), strict=True):
+        _panel(axes, title, summary)
     try:
-        os.link(partial, path)  # unlike a rename, never over a file that another process has begun
-    except FileExistsError:
-        pass
-    finally:
-        partial.unlink()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except OSError as error:
+        raise LotteryError(f"cannot write {path}: {error.strerror}") from error
+
+
+def t_quantile(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, for 95 % intervals.
+
+    Args:
+        freedom: degrees of freedom, at least 1.
+
+    Returns:
+        The quantile, to 0.003.
+
+    Example:
+        >>> t_quantile(2), round(t_quantile(60), 2)
+        (4.303, 2.0)
+    """
+    if freedom <= len(_T_975):
+        return _T_975[freedom - 1]
+    z = 1.95996
+    return z + (z**3 + z) / (4 * freedom)  # the first terms of its expansion about the normal quantile
+
+
+def _panel(axes: Any, title: str, summary: Summary) -> None:
+    sparse = sorted(sparsity for sparsity in summary if sparsity)
+    dense = summary.get(0.0, {}).get(BASELINE)
+    if dense is not None:
+        axes.axhline(dense.mean, color="#555555", linestyle="--", linewidth=1.3, zorder=1, label="dense")
+    for name in _ordered({name for sparsity in sparse for name in summary[sparsity]}):
+        colour, marker = _LOOK.get(name, ("#000000", "x"))
+        at = [sparsity for sparsity in sparse if name in summary[sparsity]]
+        cells = [summary[sparsity][name] for sparsity in at]
+        density = [100 * (1 - sparsity) for sparsity in at]
+        means, widths = [cell.mean for cell in cells], [cell.interval or 0.0 for cell in cells]
+        low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
+        axes.fill_between(density, low, high, color=colour, alpha=0.13, linewidth=0, zorder=2)
+        axes.plot(
+            density, means, color=colour, marker=marker, markersize=7, linewidth=2, label=name, zorder=3
+        )
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.set_xticks(
+        [100 * (1 - sparsity) for sparsity in sparse], [f"{100 * sparsity:.3g}" for sparsity in sparse]
+    )
+    axes.minorticks_off()
+    axes.set_xlabel("sparsity: weights removed, % (log scale of what remains)")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower left", title="mean, 95 % interval over seeds", alignment="left")
+
+
+def _text(cell: Cell | None, sign: str) -> str:
+    if cell is None:
+        return ""
+    return f"{cell.mean:{sign}.1f}" + ("" if cell.interval is None else f" ± {cell.interval:.1f}")
+
+
+def _grid(lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * (width + 2) for width in widths]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    return "\n".join([text[0], "|" + "|".join(rule) + "|", *text[1:]])
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    known = list(VARIANTS)
+    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
 def _line(values: Iterable[Any]) -> str:

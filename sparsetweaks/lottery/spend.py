@@ -138,7 +138,7 @@ def tweaked(
         model = inject_skips(model, **tweaks.skips)
     if tweaks.activation is not None:
         model = swap_activations(model, tweaks.activation)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     loss: Loss = SoftLabelLoss(tweaks.smoothing) if tweaks.smoothing else nn.CrossEntropyLoss()
     if tweaks.scales is not None:  # last, as the scales depend on the architecture that is trained
         with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(recipe, device)):
@@ -213,7 +213,7 @@ def surroundings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
 
 def processor() -> str:
     """The processor's own name where the system tells it, as Linux does, else its architecture."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
 
 

@@ -18,6 +18,16 @@ from sparsetweaks.lottery.config import LotteryError, Network
 from sparsetweaks.lottery.models import build
 from sparsetweaks.masks import apply_masks, rewind
 
+HEADER = (
+    "identity",
+    "channels",
+    "classes",
+    "data",
+    "fingerprint",
+    "seed",
+    "level",
+)  # of a ticket, beside its network
+TENSORS = ("masks", "initial", "rewound", "scored")
 FORMAT = 1  # of the files; a reader refuses what it does not know
 State = dict[str, Tensor]
 
@@ -68,18 +78,9 @@ def save_ticket(ticket: Ticket, path: Path) -> None:
     Raises:
         LotteryError: when the folder cannot be written to.
     """
-    header = {
-        name: value
-        for name, value in _fields(ticket).items()
-        if name not in ("masks", "initial", "rewound", "scored")
-    }
-    groups = {
-        "mask": ticket.masks,
-        "initial": ticket.initial,
-        "rewound": ticket.rewound,
-        "scored": ticket.scored,
-    }
+    header = {name: getattr(ticket, name) for name in HEADER}
     header |= {"network": dataclasses.asdict(ticket.network), "sparsity": ticket.sparsity}
+    groups = {name: getattr(ticket, name) for name in TENSORS}
     save(path, "ticket", header, groups)
 
 
@@ -103,13 +104,9 @@ def load_ticket(path: Path | str) -> Ticket:
     """
     header, groups = load(Path(path), "ticket")
     try:
-        del header["sparsity"]
-        network = Network(**header.pop("network"))
-        tensors = {
-            "masks": groups["mask"],
-            **{name: groups[name] for name in ("initial", "rewound", "scored")},
-        }
-        ticket = Ticket(network=network, **tensors, **header)
+        known: dict[str, Any] = {name: header[name] for name in HEADER}
+        tensors: dict[str, Any] = {name: groups[name] for name in TENSORS}
+        ticket = Ticket(network=Network(**header["network"]), **known, **tensors)
         ticket.model()
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise LotteryError(
@@ -220,10 +217,6 @@ def _digest(flat: State) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _fields(ticket: Ticket) -> dict[str, Any]:
-    return {spec.name: getattr(ticket, spec.name) for spec in dataclasses.fields(ticket)}
 
 
 def _first_line(error: Exception) -> str:

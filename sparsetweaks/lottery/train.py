@@ -78,7 +78,7 @@ def train(
     """
     device = data.mean.device
     loss = nn.CrossEntropyLoss() if loss is None else loss
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     forward = torch.compile(model) if recipe.compile else model
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -159,7 +159,7 @@ def schedule(epoch: float, recipe: Recipe) -> float:
     return warmup * recipe.decay**passed
 
 
-def accuracy(model: Callable[[Tensor], Tensor], part: Images, data: Data, *, size: int = 1000) -> float:
+def accuracy(model: nn.Module, part: Images, data: Data, *, size: int = 1000) -> float:
     """The fraction of images that a model gets right, in evaluation mode.
 
     Args:
@@ -209,7 +209,7 @@ def computes_in_bfloat16(recipe: Recipe, device: torch.device) -> bool:
         return recipe.precision == "bfloat16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell: float32
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch: none
     return device.type == "cpu" and any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 

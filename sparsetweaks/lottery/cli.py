@@ -1,0 +1,44 @@
+"""The command `sparsetweaks`: runs `commands.py`, and turns whatever a user can put right into one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import NoReturn
+
+EXTRA = ("click", "matplotlib", "numpy", "PIL", "safetensors", "sklearn", "tqdm")
+FAILED, INTERRUPTED = 1, 130  # exit codes; click's own is 2, for a command line that makes no sense
+
+
+def main() -> None:
+    """Run the command line; ends the process with 0, or with 1, 2 or 130 and one line on stderr."""
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        _leave(FAILED, f"the command line needs {', '.join(missing)}: pip install 'sparsetweaks[lottery]'")
+    try:
+        sys.exit(_run())
+    except KeyboardInterrupt:
+        _leave(INTERRUPTED, "interrupted: all that was finished is kept; the same command goes on from there")
+
+
+def _run() -> int:
+    import click
+
+    from sparsetweaks.errors import SurgeryError
+    from sparsetweaks.lottery.commands import commands
+    from sparsetweaks.lottery.config import LotteryError
+
+    try:
+        return commands(prog_name="sparsetweaks", standalone_mode=False) or 0
+    except click.exceptions.Abort:
+        raise KeyboardInterrupt from None
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (LotteryError, SurgeryError, OSError) as error:
+        _leave(FAILED, " ".join(str(error).split()))
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    print(f"sparsetweaks: {message}", file=sys.stderr)
+    sys.exit(code)

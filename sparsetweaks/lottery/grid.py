@@ -1,0 +1,65 @@
+"""Independent runs, one after the other in this process or side by side in several, each with one thread."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+import torch
+
+from sparsetweaks.lottery.config import LotteryError
+
+Result = TypeVar("Result")
+
+
+def run_all(tasks: Sequence[Callable[[], Result]], *, processes: int = 1) -> Iterator[Result]:
+    """Run tasks that do not depend on one another, and yield each result as it comes.
+
+    Small networks leave most of a second thread idle, and two processes of two threads on two cores are many times
+    slower than of one: so each process gets one thread. When the caller is interrupted the processes are ended at once;
+    whatever a task keeps is to be written whole or not at all.
+
+    Args:
+        tasks: functions without arguments; with several processes, they and their results must pickle.
+        processes: how many at a time; 1 runs them here, with the threads this process has.
+
+    Yields:
+        Results, in the order of the tasks for one process, else in that of their ends.
+
+    Raises:
+        LotteryError: when a process is ended from outside, for lack of memory say; and whatever a task raises.
+
+    Example:
+        >>> from functools import partial
+        >>> list(run_all([partial(max, 1, 2), partial(min, 1, 2)]))
+        [2, 1]
+    """
+    if processes == 1:
+        for task in tasks:
+            yield task()
+        return
+    before = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")  # forking a process that runs threads can hang
+    pool = ProcessPoolExecutor(
+        min(processes, max(1, len(tasks))), mp_context=context, initializer=_become_worker
+    )
+    try:
+        for future in as_completed([pool.submit(task) for task in tasks]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise LotteryError(
+            "a process was ended from outside, perhaps for lack of memory: try --processes 1"
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+
+
+def _become_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends this process
+    torch.set_num_threads(1)
