@@ -28,7 +28,7 @@ from sparsetweaks.lottery.spend import row, run_key, spend
 from sparsetweaks.lottery.store import Ticket
 
 NETWORK = Network(depth=20, width=16)
-RECIPE = Recipe(epochs=30)
+RECIPE = Recipe(epochs=24)
 SIZE = 16  # pixels
 LIMIT = 1000  # training images per class, a tenth of which validate
 SPARSITIES = (0.95, 0.9)

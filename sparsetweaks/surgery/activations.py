@@ -121,7 +121,9 @@ def _warn_if_nothing(picked: list[s.Found], done: list[s.Found]) -> None:
     if picked:
         text = f"none of the {len(picked)} activations chosen can be swapped; the first: {picked[0].site}"
     else:
-        text = "the model has no activation of these kinds: nothing was swapped; see kinds= and find_activations"
+        text = (
+            "the model has no activation of these kinds: nothing was swapped; see kinds= and find_activations"
+        )
     warnings.warn(text, NoEffectWarning, stacklevel=3)
 
 
@@ -144,7 +146,9 @@ class _Target:
         with torch.random.fork_rng(devices=[]):
             made = self.make()
         if not isinstance(made, nn.Module):
-            raise SurgeryError(f"the factory {self.name} returned a {type(made).__name__}: return a torch.nn.Module")
+            raise SurgeryError(
+                f"the factory {self.name} returned a {type(made).__name__}: return a torch.nn.Module"
+            )
         if like is not None and next(made.parameters(), None) is not None:
             made = made.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
         return InPlace(made) if in_place else made
@@ -157,7 +161,9 @@ def _target(to: Activation) -> _Target:
     if isinstance(to, nn.Module):
         return _Target(type(to).__name__, lambda: copy.deepcopy(to))
     if not callable(to):
-        raise ValueError(f"cannot swap activations for {to!r}: give a name, a module, a factory or a function")
+        raise ValueError(
+            f"cannot swap activations for {to!r}: give a name, a module, a factory or a function"
+        )
     name = getattr(to, "__name__", repr(to))
     if isinstance(to, type) or _takes_nothing(to):
         return _Target(name, to)
@@ -225,7 +231,7 @@ def _swap_calls(group: list[s.Found], target: _Target, like: torch.Tensor | None
                     new = graph.call_module(children[node.name], (value,))
                 else:
                     assert target.kind is not None
-                    options = {"inplace": True} if in_place[node.name] else {}
+                    options: dict[str, Any] = {"inplace": True} if in_place[node.name] else {}
                     new = graph.call_function(target.kind.function, (value,), options)
             node.replace_all_uses_with(new)
             graph.erase_node(node)

@@ -95,7 +95,6 @@ class Trace:
     programs: dict[Hashable, Program] = field(default_factory=dict)
 
 
-
 class Scopes:
     """Traces the scopes of one model; modules that are alike are traced once."""
 
@@ -123,7 +122,7 @@ class Scopes:
 
     def names(self, module: nn.Module) -> frozenset[str]:
         """Every name that the code reachable from the module's forward mentions."""
-        return self._names(type(module), frozenset(type(child) for child in module.modules()))
+        return self._names(type(module), frozenset(type(child) for child in module.modules()))  # type: ignore[arg-type]
 
 
 def _trace_cases(module: nn.Module, names: frozenset[str]) -> Trace:
@@ -280,10 +279,12 @@ def _same(left: Any, right: Any) -> bool:
 class _Proxy(fx.Proxy):
     """Answers `isinstance` as the case says, if it is the model's code that asks and not torch's own."""
 
-    @property  # type: ignore[override]
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         caller = sys._getframe(1).f_globals.get("__name__") or ""
-        own = caller.startswith("torch.nn.modules.") or not caller.startswith(("torch.", "dataclasses", "inspect"))
+        own = caller.startswith("torch.nn.modules.") or not caller.startswith(
+            ("torch.", "dataclasses", "inspect")
+        )
         if not own:
             return type(self)
         return self.tracer.answer_type(self.node)  # type: ignore[attr-defined]
@@ -307,7 +308,9 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list]:
         positional: list[Any] = [self.root]
         keyword: dict[str, Any] = {}
         for name, parameter in list(self.signature.parameters.items())[1:]:
@@ -348,7 +351,9 @@ class _Tracer(fx.Tracer):
         try:
             return super().iter(obj)
         except fx.proxy.TraceError:
-            raise Untraceable(f"its forward loops over a value known only at run time ({obj.node.name})") from None
+            raise Untraceable(
+                f"its forward loops over a value known only at run time ({obj.node.name})"
+            ) from None
 
     def keys(self, obj: fx.Proxy) -> Any:
         raise Untraceable(f"its forward unpacks a mapping known only at run time ({obj.node.name})")
@@ -406,7 +411,7 @@ def _fingerprint(module: nn.Module, names: frozenset[str]) -> Hashable:
 
 
 def _value_key(value: Any) -> Hashable:
-    if isinstance(value, _PLAIN) or isinstance(value, _FUNCTIONS):
+    if isinstance(value, (*_PLAIN, *_FUNCTIONS)):
         return (type(value), value)
     if type(value) in (tuple, list):
         return (type(value), tuple(_value_key(each) for each in value))
@@ -496,7 +501,9 @@ def _write_program(trace: Trace, cases: Iterable[Case]) -> Program:
     return Program("\n\n\n".join(parts) + "\n", trace.frozen)
 
 
-def _questions_that_matter(questions: dict[str, tuple[Any, ...]], bodies: list[tuple[dict, str]]) -> list[str]:
+def _questions_that_matter(
+    questions: dict[str, tuple[Any, ...]], bodies: list[tuple[dict, str]]
+) -> list[str]:
     """Drop each question whose answers all lead to the same code."""
     asked = [name for name, answers in questions.items() if answers != (_GIVEN,)]
     for name in list(asked):
@@ -593,6 +600,22 @@ class Rewritten:
         super().__setattr__(name, value)
 
 
+class RewrittenSequential(Rewritten):
+    """A rewritten `nn.Sequential`: its order of layers is fixed in its forward, so edits of it are refused."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            self._refuse()
+        return super().__getitem__(index)  # type: ignore[misc]
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            "the order of this nn.Sequential is fixed in its rewritten forward: slice it before the surgery"
+        )
+
+    append = insert = extend = pop = __delitem__ = __add__ = __iadd__ = __mul__ = __imul__ = _refuse
+
+
 def rewrite(module: nn.Module, trace: Trace, key: Hashable, edit: Callable[[fx.Graph], None]) -> None:
     """Give the module (of our copy) an edited forward, in place.
 
@@ -614,7 +637,8 @@ def rewrite(module: nn.Module, trace: Trace, key: Hashable, edit: Callable[[fx.G
             edit(case.graph)
         trace.programs[key] = _write_program(trace, cases)
     program = trace.programs[key]
-    module.__class__ = _rewritten_class(original_class(module), program.source, program.frozen)
+    original: Any = original_class(module)
+    module.__class__ = _rewritten_class(original, program.source, program.frozen)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -622,7 +646,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return module._original if isinstance(module, Rewritten) else type(module)
 
 
-def _revive(original: type[nn.Module], source: str, frozen: tuple[str, ...]) -> nn.Module:
+def _revive(original: Any, source: str, frozen: tuple[str, ...]) -> nn.Module:
     return object.__new__(_rewritten_class(original, source, frozen))
 
 
@@ -643,11 +667,10 @@ def _rewritten_class(original: type[nn.Module], source: str, frozen: tuple[str, 
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    return type(original.__name__, (Rewritten, original), members)
+    mixin = RewrittenSequential if issubclass(original, nn.Sequential) else Rewritten
+    return type(original.__name__, (mixin, original), members)
 
 
 def submodule(module: nn.Module, target: object) -> nn.Module:
     """The module that a `call_module` node names."""
     return module.get_submodule(str(target))
-
-

@@ -172,7 +172,9 @@ def activation_sites(model: nn.Module, kinds: Sequence[str], scopes: Scopes) -> 
     for scope, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             if str(getattr(module, "original_name", "")).lower() in wanted:
-                found.append(Found(_site(scope, str(module.original_name).lower(), "module", "it is scripted"), module))
+                found.append(
+                    Found(_site(scope, str(module.original_name).lower(), "module", "it is scripted"), module)
+                )
             continue
         kind = k.kind_of_module(module)
         if kind is not None and kind.name in wanted:
@@ -368,7 +370,10 @@ def skip_sites(model: nn.Module, scopes: Scopes) -> list[Found]:
         except Untraceable as reason:
             own = [name for name, child in module.named_children() if _is_conv(child)]
             found += [
-                Found(Site(scope, name, _conv_kind(module.get_submodule(name)), "unit", left=str(reason)), module)
+                Found(
+                    Site(scope, name, _conv_kind(module.get_submodule(name)), "unit", left=str(reason)),
+                    module,
+                )
                 for name in own
             ]
             continue

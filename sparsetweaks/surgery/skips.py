@@ -74,13 +74,12 @@ class Skip(nn.Module):
         """The input at the positions on which the convolution's outputs are centred."""
         if self.geometry.keeps_size:
             return input
-        picks = [
-            slice(offset, offset + stride * (size - 1) + 1, stride)
-            for offset, stride, size in zip(
-                self.geometry.offset, self.geometry.stride, output.shape[-self.rank :]
-            )
-        ]
-        return input[(..., *picks)]
+        spans = zip(self.geometry.offset, self.geometry.stride, output.shape[-self.rank :])
+        index: Any = (
+            ...,
+            *(slice(start, start + step * (size - 1) + 1, step) for start, step, size in spans),
+        )
+        return input[index]
 
     def extra_repr(self) -> str:
         geometry = self.geometry
@@ -153,7 +152,9 @@ def inject_skips(
     done = [each for each in wanted if each.site.left is None]
     if not done:
         first = f"; the first: {wanted[0].site}" if wanted else ""
-        text = f"the model has no unit that can get a skip ({len(wanted)} chosen): nothing was injected{first}"
+        text = (
+            f"the model has no unit that can get a skip ({len(wanted)} chosen): nothing was injected{first}"
+        )
         warnings.warn(text, NoEffectWarning, stacklevel=2)
     scopes: dict[int, list[s.Found]] = {}
     for each in done:
@@ -188,7 +189,8 @@ def _inject(group: list[s.Found]) -> None:
             if str(unit.conv.target) not in names or unit.left is not None:
                 continue
             with graph.inserting_after(unit.output):
-                skip = graph.call_module(f"{unit.conv.target}.skip", (unit.conv.args[0], unit.output))
-            unit.output.replace_all_uses_with(skip, delete_user_cb=lambda user, new=skip: user is not new)
+                skip = graph.call_module(f"{unit.conv.target}.skip")
+            unit.output.replace_all_uses_with(skip)
+            skip.args = (unit.conv.args[0], unit.output)
 
     rewrite(scope, trace, ("skip", names), edit)

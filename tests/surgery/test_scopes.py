@@ -59,7 +59,14 @@ def same_forward(left: nn.Module, right: nn.Module, *inputs, **options) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"mask": torch.tensor(2.0)}, {"flip": True}, {"mask": torch.tensor(0.5), "flip": True}, {"power": 3}, {"bias": 2.0}],
+    [
+        {},
+        {"mask": torch.tensor(2.0)},
+        {"flip": True},
+        {"mask": torch.tensor(0.5), "flip": True},
+        {"power": 3},
+        {"bias": 2.0},
+    ],
     ids=str,
 )
 def test_every_case_of_a_forward_survives(options):
