@@ -615,12 +615,14 @@ def test_channels_last():
 @pytest.mark.parametrize("order", [1, 2])
 def test_autocast_sees_every_change_of_the_weights(order):
     model, batches = masked_network(), pairs(5)
-    full = find_layer_scales(model, batches, order=order, iterations=10)
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = find_layer_scales(model, batches, order=order, iterations=10)
+    options = {"order": order, "iterations": 5, "scale_lr": 0.1, "step_size": 0.5, "gamma": math.inf}
+    full = find_layer_scales(model, batches, **options)
+    with torch.autocast("cpu", torch.bfloat16):  # it caches the weights as it cast them
+        mixed = find_layer_scales(model, batches, **options)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        assert find_layer_scales(model, batches, **options) == mixed
     assert mixed != full
-    assert mixed.scales == pytest.approx(full.scales, rel=0.05)
-    assert mixed.look_ahead_losses == pytest.approx(full.look_ahead_losses, rel=0.05, nan_ok=True)
+    assert mixed.look_ahead_losses == pytest.approx(full.look_ahead_losses, rel=0.05)
 
 
 @pytest.mark.parametrize("options", [{"order": 2}, {"gamma": 1e-3}], ids=str)
