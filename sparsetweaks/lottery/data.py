@@ -77,7 +77,8 @@ def load(
 
     Args:
         source: `"digits"` (scikit-learn's, 1,797 grey images of 8 by 8, no download), or a folder: `train/` and
-            `test/` with one folder of images per class, torchvision's CIFAR10 or CIFAR100, or Tiny-ImageNet as it is distributed.
+            `test/` with one folder of images per class, torchvision's CIFAR10 or CIFAR100, or Tiny-ImageNet as it
+            is distributed.
         size: height and width in pixels to bring the images to; default: as they are.
         limit: at most this many training images per class, always the same ones; default: all.
         cache: a folder to keep decoded images in, as decoding takes longer than reading them back; default: none.
@@ -248,6 +249,11 @@ def _class_folders(folder: Path, limit: int | None) -> tuple[Examples, Examples,
     )
     if len(classes) < 2:
         raise LotteryError(f"{folder / 'train'} holds {len(classes)} class folders; at least 2 are needed")
+    for entry in sorted((folder / "test").iterdir()):
+        if _visible(entry) and entry.name not in classes:
+            raise LotteryError(
+                f"{entry} is no class of the training images: {folder / 'train'} has none of that name"
+            )
     train = [
         (file, label)
         for label, name in enumerate(classes)
@@ -310,6 +316,7 @@ def _decoded(
     train: Examples, test: Examples, classes: tuple[str, ...], *, size: int | None, cache: Path | None
 ) -> tuple[Images, Images, tuple[str, ...]]:
     """Decode two lists of files, or read what an earlier call decoded from the same files (same path, length and time)."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     if cache is None:
@@ -317,16 +324,19 @@ def _decoded(
     stats = ((file, label, os.stat(file)) for part in (train, test) for file, label in part)
     listing = repr((size, [(str(file), label, s.st_size, s.st_mtime_ns) for file, label, s in stats]))
     path = cache / f"images-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.safetensors"
-    if not path.is_file():
+    try:
+        tensors = load_file(path)
+    except (FileNotFoundError, SafetensorError):  # not there yet, or not whole
         parts = {"train": _decode(train, size), "test": _decode(test, size)}
+        tensors = {
+            f"{name}/{kind}": getattr(part, kind)
+            for name, part in parts.items()
+            for kind in ("images", "labels")
+        }
         cache.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(
-            {f"{part}/{kind}": getattr(parts[part], kind) for part in parts for kind in ("images", "labels")},
-            partial,
-        )
+        save_file(tensors, partial)
         os.replace(partial, path)
-    tensors = load_file(path)
     images = [Images(tensors[f"{part}/images"], tensors[f"{part}/labels"]) for part in ("train", "test")]
     return images[0], images[1], classes
 

@@ -47,17 +47,19 @@ def run_all(tasks: Sequence[Callable[[], Result]], *, processes: int = 1) -> Ite
     pool = ProcessPoolExecutor(
         min(processes, max(1, len(tasks))), mp_context=context, initializer=_become_worker
     )
+    finished = False
     try:
         for future in as_completed([pool.submit(task) for task in tasks]):
             yield future.result()
+        finished = True
     except BrokenProcessPool:
         raise LotteryError(
             "a process was ended from outside, perhaps for lack of memory: try --processes 1"
         ) from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - before:
+        for process in () if finished else set(multiprocessing.active_children()) - before:
             process.terminate()
+        pool.shutdown(cancel_futures=True)
 
 
 def _become_worker() -> None:

@@ -250,7 +250,9 @@ def _panel(axes: Any, title: str, summary: Summary) -> None:
 def _text(cell: Cell | None, sign: str) -> str:
     if cell is None:
         return ""
-    return f"{cell.mean:{sign}.1f}" + ("" if cell.interval is None else f" ± {cell.interval:.1f}")
+    return f"{round(cell.mean, 1) + 0.0:{sign}.1f}" + (
+        "" if cell.interval is None else f" ± {cell.interval:.1f}"
+    )
 
 
 def _grid(lines: list[list[str]]) -> str:

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparsetweaks.lottery import cli
+
+SMALL = ["--depth", "8", "--width", "4", "--epochs", "1", "--batch-size", "64", "--limit", "20"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """The command line's exit code, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["sparsetweaks", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0
+
+
+def one_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert len(lines) == 1, text
+    assert "Traceback" not in text
+    return lines[0]
+
+
+def test_from_tickets_to_a_picture(monkeypatch, tmp_path: Path, capsys) -> None:
+    assert run(monkeypatch, "draw", *SMALL, "--levels", 2, "--fraction", 0.5, "--out", tmp_path) == 0
+    captured = capsys.readouterr()
+    tickets = captured.out.split()
+    assert len(tickets) == 3
+    assert all(Path(ticket).is_file() for ticket in tickets)
+    assert "level 2, 75.0 % sparse" in captured.err
+
+    spend = ["spend", *tickets, *SMALL[4:], "--variant", "vanilla", "--variant", "AT", "--out", tmp_path]
+    assert run(monkeypatch, *spend) == 0
+    printed = capsys.readouterr().out
+    assert "| 75 % sparse" in printed
+    assert "points gained" in printed
+    rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert len(rows) == 1 + 1 + 2 * 2  # a header, dense, two variants of two levels
+    assert (tmp_path / "results.png").is_file()
+
+    assert run(monkeypatch, *spend) == 0  # again: nothing is run or written twice
+    assert (tmp_path / "results.csv").read_text().splitlines() == rows
+    capsys.readouterr()
+    assert run(monkeypatch, "show", "--out", tmp_path) == 0
+    assert "| 75 % sparse" in capsys.readouterr().out
+
+
+def test_one_shot_on_a_folder_of_images(monkeypatch, image_folder: Path, tmp_path: Path, capsys) -> None:
+    words = [
+        "--data",
+        image_folder,
+        "--size",
+        8,
+        *SMALL[:6],
+        "--batch-size",
+        4,
+        "--sparsity",
+        0.8,
+        "--sparsity",
+        0.9,
+    ]
+    assert run(monkeypatch, "draw", *words, "--out", tmp_path / "out") == 0
+    assert "80.0 % sparse" in capsys.readouterr().err
+
+
+def test_the_demo_ends_with_table_rows_and_picture(monkeypatch, tmp_path: Path, capsys) -> None:
+    words = ["--epochs", 1, "--levels", 1, "--seeds", 1, "--processes", 1, "--out", tmp_path / "demo"]
+    monkeypatch.setattr("sparsetweaks.lottery.demo.SCALES", {"iterations": 1})
+    assert run(monkeypatch, "demo", *words) == 0
+    captured = capsys.readouterr()
+    for name in ("vanilla", "AT", "TRT", "AT+TRT", "dense", "60 % sparse", "results.csv", "results.png"):
+        assert name in captured.out
+    assert "5 of 5 runs" in captured.err
+    assert len((tmp_path / "demo" / "results.csv").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["draw", "--data", "nowhere"], 1, "unknown data set 'nowhere'"),
+        (["draw", "--depth", "9"], 1, "depth must be 6n + 2"),
+        (["draw", "--device", "cuda:99"], 1, "cannot train on the device 'cuda:99'"),
+        (["draw", "--device", "toaster"], 1, "cannot train on the device 'toaster'"),
+        (["draw", "--rewind-epoch", "500", *SMALL], 1, "rewind_epoch must lie between 0 and 0"),
+        (["draw", "--learning-rate", "1e30", *SMALL], 1, "the loss became"),
+        (["spend", "nowhere.safetensors"], 1, "nowhere.safetensors does not exist"),
+        (["show"], 1, "does not exist: spend some tickets first"),
+    ],
+)
+def test_what_a_user_can_put_right_is_one_line(monkeypatch, tmp_path, capsys, words, code, message) -> None:
+    assert run(monkeypatch, *words, "--out", tmp_path / "out") == code
+    assert message in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["draw", "--sparsity", "1.0"], "1.0 is not in the range 0<x<1"),
+        (["draw", "--sparsity", "0"], "0.0 is not in the range 0<x<1"),
+        (["draw", "--fraction", "-1"], "-1.0 is not in the range 0<x<1"),
+        (["draw", "--levels", "0"], "0 is not in the range x>=1"),
+        (["draw", "--epochs", "many"], "'many' is not a valid integer"),
+        (["spend"], "Missing argument 'TICKETS...'"),
+        (["sell"], "No such command 'sell'"),
+        (["draw", "--size", "1"], "1 is not in the range x>=2"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_ends_with_2(monkeypatch, capsys, words, message) -> None:
+    assert run(monkeypatch, *words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_unknown_variants_and_foreign_files_are_found_before_training(monkeypatch, tmp_path, capsys) -> None:
+    (tmp_path / "a").write_text("no ticket")
+    assert run(monkeypatch, "spend", tmp_path / "a", "--variant", "magic", "--out", tmp_path) == 1
+    assert "unknown variant 'magic'" in one_line(capsys.readouterr().err)
+    assert run(monkeypatch, "spend", tmp_path / "a", "--out", tmp_path) == 1
+    assert "is not a file of sparsetweaks" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", [["draw"], ["demo"], ["spend", "a"]])
+def test_an_output_folder_that_cannot_be_written_to_is_found_before_training(
+    monkeypatch, tmp_path: Path, capsys, command: list[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    started = time.process_time()
+    assert run(monkeypatch, *command, "--out", tmp_path / "file" / "out") == 1
+    assert "cannot write to" in one_line(capsys.readouterr().err)
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_read_only_folder_is_found_before_training(monkeypatch, tmp_path: Path, capsys) -> None:
+    tmp_path.chmod(0o500)
+    assert run(monkeypatch, "draw", "--out", tmp_path / "out") == 1
+    assert "Permission denied" in one_line(capsys.readouterr().err)
+
+
+def test_a_missing_extra_says_how_to_install_it(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(cli, "EXTRA", ("click", "no_such_library"))
+    assert run(monkeypatch, "demo") == 1
+    assert one_line(capsys.readouterr().err).endswith(
+        "needs no_such_library: pip install 'sparsetweaks[lottery]'"
+    )
+
+
+def test_the_module_is_the_command() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "sparsetweaks", "--help"], capture_output=True, text=True, check=True
+    )
+    for name in ("draw", "spend", "show", "demo"):
+        assert name in shown.stdout
+
+
+def test_an_interrupted_drawing_loses_nothing_and_goes_on(tmp_path: Path) -> None:
+    words = ["--levels", "3", "--epochs", "30", *SMALL[:4], *SMALL[6:], "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "sparsetweaks", "draw", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(tmp_path.glob("tickets/*level01*.safetensors")), process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert error.strip().endswith(
+        "interrupted: all that was finished is kept; the same command goes on from there"
+    )
+
+    drawn = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*.safetensors")}
+    first = min(drawn, key=drawn.__getitem__)
+    assert not list(tmp_path.glob("tickets/*level03*"))
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert len(again.stdout.split()) == 4
+    assert first.stat().st_mtime_ns == drawn[first]  # the finished level was not trained again
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_an_interrupted_demo_ends_its_processes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sparsetweaks", "demo", "--processes", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(tmp_path.glob("runs/*.safetensors")), process)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)  # ends only when no child holds the pipes
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert time.monotonic() - started < 30
+
+
+def wait_for(condition, process: subprocess.Popen[str], seconds: float = 100) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.02)

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparsetweaks.lottery.config import LotteryError
+from sparsetweaks.lottery.data import augment, batches, load
+
+
+def test_digits_are_split_without_overlap_and_always_the_same() -> None:
+    data, again = load("digits"), load("digits")
+    assert len(data.train) + len(data.validation) + len(data.test) == 1797
+    assert torch.equal(data.train.images, again.train.images)
+    assert data.fingerprint == again.fingerprint
+    assert sorted(set(data.train.labels.tolist())) == list(range(10))
+    assert not data.flip  # a mirrored 2 is no 2
+
+
+def test_normalised_training_images_have_mean_0_and_deviation_1() -> None:
+    data = load("digits")
+    images = data.normalise(data.train.images)
+    assert abs(float(images.mean())) < 1e-3
+    assert abs(float(images.std()) - 1) < 1e-3
+
+
+def test_image_folder_is_decoded_resized_and_labelled(image_folder: Path) -> None:
+    data = load(image_folder, size=8)
+    assert data.classes == ("cold", "warm")
+    assert data.train.images.shape == (11, 3, 8, 8)  # one of 12 validates
+    assert data.test.images.dtype == torch.uint8
+    warm = data.test.images[data.test.labels == 1].float().mean(dim=(0, 2, 3))
+    assert warm[0] > 150 > warm[2]  # red, not blue: the channels are in order
+    assert data.flip
+
+
+def test_limit_takes_a_fixed_part_of_each_class(image_folder: Path) -> None:
+    data, again = load(image_folder, size=8, limit=3), load(image_folder, size=8, limit=3)
+    everything = torch.cat([data.train.labels, data.validation.labels])
+    assert torch.bincount(everything).tolist() == [3, 3]
+    assert len(data.test) == 6
+    assert data.fingerprint == again.fingerprint != load(image_folder, size=8).fingerprint
+
+
+def test_limit_and_size_work_for_digits() -> None:
+    data = load("digits", size=12, limit=5)
+    assert data.train.images.shape[-1] == 12
+    assert len(data.train) + len(data.validation) == 50
+
+
+def test_cache_is_read_back_and_renewed_when_a_file_changes(image_folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = load(image_folder, size=8, cache=cache)
+    (file,) = cache.iterdir()
+    written = file.stat().st_mtime_ns
+    assert load(image_folder, size=8, cache=cache).fingerprint == first.fingerprint
+    assert file.stat().st_mtime_ns == written
+    Image.new("RGB", (10, 12), "white").save(image_folder / "train" / "cold" / "0.png")
+    assert load(image_folder, size=8, cache=cache).fingerprint != first.fingerprint
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_damaged_cache_is_decoded_anew(image_folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = load(image_folder, size=8, cache=cache)
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    assert load(image_folder, size=8, cache=cache).fingerprint == first.fingerprint
+
+
+def test_tiny_imagenet_layout(image_folder: Path) -> None:
+    for name in ("cold", "warm"):
+        folder = image_folder / "train" / name
+        (folder / "images").mkdir()
+        for file in list(folder.glob("*.png")):
+            file.rename(folder / "images" / file.name)
+    (image_folder / "test").rename(
+        image_folder / "given"
+    )  # the distribution's own test images have no labels
+    (image_folder / "val" / "images").mkdir(parents=True)
+    lines = []
+    for name in ("warm", "cold"):
+        (image_folder / "given" / name / "0.png").rename(image_folder / "val" / "images" / f"{name}.png")
+        lines.append(f"{name}.png\t{name}\t0\t0\t9\t9")
+    (image_folder / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    data = load(image_folder, size=8)
+    assert data.name == "tiny-imagenet"
+    assert data.test.labels.tolist() == [1, 0]
+    assert data.test.images[0, 0].float().mean() > data.test.images[1, 0].float().mean()
+
+
+def test_cifar10_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    for name in names:
+        batch = {"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 3]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
+    monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    data = load(tmp_path)
+    assert (data.name, len(data.train) + len(data.validation), len(data.test)) == ("cifar10", 20, 4)
+    assert data.train.images.shape[1:] == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "train" / "cold" / "notes.txt").write_text("hello"), "notes.txt is not an image"),
+        (lambda f: [p.unlink() for p in (f / "train" / "cold").iterdir()], "cold holds no images"),
+        (lambda f: (f / "test").rename(f / "elsewhere"), "has no folder 'test'"),
+        (lambda f: (f / "test" / "cold").rename(f / "cold"), "cold is missing"),
+        (lambda f: (f / "train" / "cold").rename(f / "cold"), "holds 1 class folders; at least 2"),
+        (lambda f: (f / "test" / "lukewarm").mkdir(), "lukewarm is no class"),
+    ],
+)
+def test_broken_image_folders_are_named(image_folder: Path, break_it, message: str) -> None:
+    break_it(image_folder)
+    with pytest.raises(LotteryError, match=message):
+        load(image_folder, size=8)
+
+
+def test_images_of_different_sizes_ask_for_a_size(image_folder: Path) -> None:
+    with pytest.raises(LotteryError, match="unlike the first image: give a size"):
+        load(image_folder)
+
+
+def test_hidden_files_are_ignored(image_folder: Path) -> None:
+    (image_folder / "train" / "cold" / ".DS_Store").write_bytes(b"x")
+    assert len(load(image_folder, size=8).train) == 11
+
+
+@pytest.mark.parametrize("source", ["mnist", "no/such/folder"])
+def test_unknown_data_sets_are_named(source: str) -> None:
+    with pytest.raises(LotteryError, match=f"unknown data set '{source}'"):
+        load(source)
+
+
+def test_shift_moves_whole_images_and_fills_with_black() -> None:
+    image = torch.arange(1, 10, dtype=torch.uint8).reshape(1, 1, 3, 3).repeat(64, 1, 1, 1)
+    shifted = augment(image, padding=1, flip=False, generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(image[0, 0], (1, 1, 1, 1))
+    windows = {tuple(padded[i : i + 3, j : j + 3].flatten().tolist()) for i in range(3) for j in range(3)}
+    assert {tuple(each.flatten().tolist()) for each in shifted} == windows  # all nine, and nothing else
+
+
+def test_flip_mirrors_about_half_of_the_images() -> None:
+    image = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).reshape(1, 1, 2, 2).repeat(1000, 1, 1, 1)
+    flipped = augment(image, padding=0, flip=True, generator=torch.Generator().manual_seed(0))
+    assert 450 < int((flipped[:, 0, 0, 0] == 2).sum()) < 550
+    assert {tuple(each.flatten().tolist()) for each in flipped} == {(1, 2, 3, 4), (2, 1, 4, 3)}
+
+
+def test_batches_depend_on_their_generator_alone() -> None:
+    data, state = load("digits"), torch.get_rng_state()
+    first, second = (
+        torch.cat(
+            [images for images, _ in batches(data.train, data, size=64, padding=1, generator=generator)]
+        )
+        for generator in (torch.Generator().manual_seed(1), torch.Generator().manual_seed(1))
+    )
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)

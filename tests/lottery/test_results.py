@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from sparsetweaks.lottery.config import LotteryError
+from sparsetweaks.lottery.grid import run_all
+from sparsetweaks.lottery.results import Cell, append_row, plot, read_rows, summarise, t_quantile, table
+
+
+def row(variant: str, sparsity: float, seed: int, test: float) -> dict[str, object]:
+    setting = {
+        "data": "digits",
+        "architecture": "resnet8",
+        "width": 8,
+        "epochs": 2,
+        "image_size": 8,
+        "train_images": 9,
+    }
+    return {
+        **setting,
+        "run": f"{variant}{sparsity}{seed}",
+        "variant": variant,
+        "sparsity": sparsity,
+        "seed": seed,
+        "test": test,
+    }
+
+
+ROWS = [
+    row(name, sparsity, seed, base - sparsity / 10 + seed / 100)
+    for name, base in (("vanilla", 0.9), ("AT", 0.92))
+    for sparsity in (0.5, 0.9)
+    for seed in (0, 1, 2)
+] + [row("vanilla", 0.0, seed, 0.95) for seed in (0, 1, 2)]
+
+
+def test_rows_come_back_and_a_run_counts_once(tmp_path: Path) -> None:
+    for each in [*ROWS, ROWS[0]]:
+        append_row(tmp_path / "new" / "rows.csv", each)
+    back = read_rows(tmp_path / "new" / "rows.csv")
+    assert [each["run"] for each in back] == [each["run"] for each in ROWS]
+
+
+def test_no_file_has_no_rows(tmp_path: Path) -> None:
+    assert read_rows(tmp_path / "rows.csv") == []
+
+
+def test_rows_of_other_columns_are_not_mixed_in(tmp_path: Path) -> None:
+    append_row(tmp_path / "rows.csv", {"run": 1, "test": 0.5})
+    with pytest.raises(LotteryError, match="has other columns than these results"):
+        append_row(tmp_path / "rows.csv", {"run": 1, "accuracy": 0.5})
+
+
+@pytest.mark.parametrize(
+    "content", [b"run,variant\na\n", b"hello\nworld\n", b"\xff\xfe\x00", b"run,variant\na,b,c\n"]
+)
+def test_broken_rows_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "rows.csv").write_bytes(content)
+    with pytest.raises(LotteryError, match="not a CSV file of results"):
+        read_rows(tmp_path / "rows.csv")
+
+
+def test_the_interval_is_students() -> None:
+    cell = Cell({0: 90.0, 1: 92.0, 2: 94.0})
+    assert cell.mean == 92
+    assert cell.interval == pytest.approx(4.303 * 2 / math.sqrt(3))
+    assert Cell({0: 90.0}).interval is None
+
+
+def test_quantiles_agree_with_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in (*range(1, 40), 100, 1000):
+        assert t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=0.004)
+
+
+def test_gains_are_paired_by_seed() -> None:
+    ours, theirs = Cell({0: 91.0, 1: 81.0, 2: 71.0}), Cell({0: 90.0, 1: 80.0, 3: 0.0})
+    gain = ours.over(theirs)
+    assert gain is not None
+    assert (gain.mean, gain.interval) == (1.0, 0.0)
+    assert ours.over(Cell({7: 1.0})) is None
+
+
+def test_the_table_has_a_line_per_sparsity_and_a_column_per_variant() -> None:
+    (text,) = map(table, summarise(ROWS).values())
+    accuracy, gain, note = text.split("\n\n")
+    lines = [line.split("|")[1:-1] for line in accuracy.splitlines()]
+    assert [cell.strip() for cell in lines[0]] == ["test accuracy, %", "vanilla", "AT"]
+    assert [line[0].strip() for line in lines[2:]] == ["dense", "50 % sparse", "90 % sparse"]
+    assert lines[2][2].strip() == ""  # dense has no AT
+    assert lines[3][1].strip() == "86.0 ± 2.5"
+    assert "+2.0 ± 0.0" in gain
+    assert "3 seeds" in note
+    assert len({len(line) for line in accuracy.splitlines()}) == 1  # aligned
+
+
+def test_settings_are_kept_apart() -> None:
+    assert len(summarise([*ROWS, {**ROWS[0], "epochs": 3}])) == 2
+
+
+def test_the_picture_is_drawn_without_choosing_a_backend(tmp_path: Path) -> None:
+    before = (
+        matplotlib.rcParams._get_backend_or_none()
+        if hasattr(matplotlib.rcParams, "_get_backend_or_none")
+        else None
+    )
+    plot(summarise(ROWS), tmp_path / "new" / "a.png")
+    assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+    if hasattr(matplotlib.rcParams, "_get_backend_or_none"):
+        assert matplotlib.rcParams._get_backend_or_none() == before
+
+
+def test_nothing_to_draw_says_so(tmp_path: Path) -> None:
+    with pytest.raises(LotteryError, match="no results of sparse networks"):
+        plot(summarise([row("vanilla", 0.0, 0, 0.9)]), tmp_path / "a.png")
+
+
+def test_runs_side_by_side_give_what_runs_one_by_one_give() -> None:
+    tasks = [partial(math.sqrt, number) for number in range(5)]
+    assert list(run_all(tasks)) == sorted(run_all(tasks, processes=2))
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_in_a_process_arrives_here() -> None:
+    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
+        list(run_all([partial(math.sqrt, -1.0)], processes=2))
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_is_ended_from_outside_is_told() -> None:
+    with pytest.raises(LotteryError, match="a process was ended from outside"):
+        list(run_all([partial(os._exit, 9)], processes=2))
+
+
+def test_processes_end_when_nobody_waits_for_them() -> None:
+    started = time.monotonic()
+    runs = run_all([partial(time.sleep, 0), partial(time.sleep, 600)], processes=2)
+    next(runs)
+    runs.close()
+    assert time.monotonic() - started < 120
+    assert not multiprocessing.active_children()

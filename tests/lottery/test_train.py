@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sparsetweaks.lottery.config import LotteryError, Network, Recipe
+from sparsetweaks.lottery.data import Data, load
+from sparsetweaks.lottery.models import build
+from sparsetweaks.lottery.train import accuracy, schedule, train
+from sparsetweaks.masks import find_masks
+from sparsetweaks.pruning import prune
+
+NETWORK = Network(depth=8, width=4)
+RECIPE = Recipe(epochs=2, batch_size=64, precision="float32")
+
+
+def model_of(seed: int = 0) -> nn.Module:
+    return build(NETWORK, channels=1, classes=10, seed=seed)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resnet20_is_that_of_the_paper() -> None:
+    model = build(Network(20, 16), channels=3, classes=10, seed=0)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len([c for c in convolutions if c.kernel_size == (3, 3)]) == 19  # and the classifier makes 20
+    assert sum(p.numel() for p in model.parameters()) == 272_474
+
+
+def test_building_leaves_the_global_random_state_alone() -> None:
+    state = torch.get_rng_state()
+    first, second, other = model_of(0), model_of(0), model_of(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(first.state_dict(), second.state_dict())
+    assert not torch.equal(first.conv.weight, other.conv.weight)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_digits_are_learned(precision: str) -> None:
+    model = build(Network(depth=8, width=8), channels=1, classes=10, seed=0)
+    recipe = Recipe(epochs=4, batch_size=64, precision=precision)
+    assert train(model, load("digits"), recipe, seed=0).test > 0.7  # 0.93 and 0.91; by chance 0.1
+
+
+def test_training_depends_on_its_seed_alone(digits: Data) -> None:
+    state = torch.get_rng_state()
+    runs = [train(model_of(), digits, RECIPE, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(runs[0].weights["last"], runs[1].weights["last"])
+    assert not same(runs[0].weights["last"], runs[2].weights["last"])
+
+
+def test_pruned_weights_stay_zero_and_masks_stay(digits: Data) -> None:
+    masked = prune(model_of(), 0.9)
+    masks = find_masks(masked)
+    train(masked, digits, RECIPE, seed=0)
+    assert all(torch.equal(mask, masks[name]) for name, mask in find_masks(masked).items())
+    for name, mask in masks.items():
+        weight = masked.get_parameter(name)
+        assert not weight[~mask].any()
+        assert weight[mask].all()
+
+
+def test_the_best_epoch_in_validation_is_what_is_tested(digits: Data) -> None:
+    seen = []
+    model = model_of()
+    trained = train(
+        model, digits, replace(RECIPE, epochs=4), seed=0, on_epoch=lambda t: seen.append(t.validation)
+    )
+    assert seen == sorted(seen)  # the best so far
+    assert trained.best_epoch == seen.index(max(seen)) + 1
+    assert trained.test == accuracy(model, digits.test, digits)
+    assert same(model.state_dict(), trained.weights["best"])
+
+
+def test_rewinding_weights_are_those_of_their_epoch(digits: Data) -> None:
+    start = model_of().state_dict()
+    assert same(train(model_of(), digits, RECIPE, seed=0).weights["rewind"], start)
+    late = train(model_of(), digits, RECIPE, seed=0, rewind_epoch=2)
+    assert same(late.weights["rewind"], late.weights["last"])
+
+
+def test_a_training_that_was_cut_off_ends_bit_for_bit_as_if_it_had_not_been(
+    digits: Data, tmp_path: Path
+) -> None:
+    recipe = replace(RECIPE, epochs=4)
+    whole = train(prune(model_of(), 0.5), digits, recipe, seed=0)
+
+    class CutOff(Exception):
+        pass
+
+    def cut_off(trained: object) -> None:
+        if trained.epochs == 2:
+            raise CutOff
+
+    file = tmp_path / "run.safetensors"
+    with pytest.raises(CutOff):
+        train(prune(model_of(), 0.5), digits, recipe, seed=0, checkpoint=file, on_epoch=cut_off)
+    epochs = []
+    resumed = train(
+        prune(model_of(), 0.5),
+        digits,
+        recipe,
+        seed=0,
+        checkpoint=file,
+        on_epoch=lambda t: epochs.append(t.epochs),
+    )
+    assert epochs == [3, 4]
+    assert (resumed.test, resumed.validation, resumed.steps) == (whole.test, whole.validation, whole.steps)
+    assert all(same(resumed.weights[name], whole.weights[name]) for name in ("last", "best", "rewind"))
+
+
+def test_a_finished_training_is_read_back_without_a_step(digits: Data, tmp_path: Path) -> None:
+    file = tmp_path / "run.safetensors"
+    first = train(model_of(), digits, RECIPE, seed=0, checkpoint=file, note={"who": "me"})
+    again = train(
+        model_of(), digits, RECIPE, seed=0, checkpoint=file, on_epoch=lambda _: pytest.fail("it trained")
+    )
+    assert (again.test, again.seconds, again.note) == (first.test, first.seconds, {"who": "me"})
+
+
+def test_a_loss_that_is_not_finite_says_what_to_do(digits: Data) -> None:
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return logits.sum() * float("nan")
+
+    with pytest.raises(LotteryError, match="the loss became nan in epoch 1: lower the learning rate"):
+        train(model_of(), digits, RECIPE, seed=0, loss=loss)
+
+
+def test_the_schedule_is_that_of_the_paper() -> None:
+    rates = [0.1 * schedule(epoch, Recipe()) for epoch in (0, 89.9, 90, 134.9, 135, 179.9)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    warm = [schedule(epoch, Recipe(warmup_epochs=2)) for epoch in (0, 1, 2)]
+    assert 0 < warm[0] < 0.01
+    assert warm[1:] == pytest.approx([0.5, 1], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: Network(depth=9), "6n \\+ 2"),
+        (lambda: Network(width=0), "width must be at least 1"),
+        (lambda: Recipe(epochs=0), "at least 1 epoch"),
+        (lambda: Recipe(learning_rate=0), "learning_rate must be positive"),
+        (lambda: Recipe(precision="half"), "precision must be"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong, message: str) -> None:
+    with pytest.raises(LotteryError, match=message):
+        wrong()
