@@ -35,6 +35,17 @@ class Function(nn.Module):
         return getattr(self.function, "__name__", repr(self.function))
 
 
+class OnCopy(nn.Module):
+    """Any activation of a copy of its input, for inputs that are overwritten before the backward pass needs them."""
+
+    def __init__(self, activation: nn.Module):
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.activation(input.clone())
+
+
 class InPlace(nn.Module):
     """Any activation with its result written over its input, for callers that look at the input afterwards."""
 
@@ -141,7 +152,7 @@ class _Target:
     def module(self, found: s.Found, like: torch.Tensor | None) -> nn.Module:
         """A new activation for this site, working in place exactly where it must."""
         in_place = found.site.in_place and found.observed
-        if self.kind is not None and self.kind.can_work_in_place:
+        if self.kind is not None and self.kind.can_work_in_place and not found.overwritten:
             return self.kind.module(inplace=in_place)
         with torch.random.fork_rng(devices=[]):
             made = self.make()
@@ -151,7 +162,9 @@ class _Target:
             )
         if like is not None and next(made.parameters(), None) is not None:
             made = made.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
-        return InPlace(made) if in_place else made
+        if in_place:
+            return InPlace(made)
+        return OnCopy(made) if found.overwritten else made
 
 
 def _target(to: Activation) -> _Target:
@@ -214,7 +227,8 @@ def _swap_calls(group: list[s.Found], target: _Target, like: torch.Tensor | None
     assert trace is not None
     in_place = {each.site.name: each.site.in_place and each.observed for each in group}
     children: dict[str, str] = {}
-    if target.kind is None or (any(in_place.values()) and not target.kind.can_work_in_place):
+    by_hand = any(in_place.values()) and target.kind is not None and not target.kind.can_work_in_place
+    if target.kind is None or by_hand or any(each.overwritten for each in group):
         for each in group:
             children[each.site.name] = _free_name(scope, each.site.name)
             made = target.module(each, like)
@@ -225,7 +239,7 @@ def _swap_calls(group: list[s.Found], target: _Target, like: torch.Tensor | None
         for node in list(graph.nodes):
             if node.name not in in_place or k.kind_of_node(node) is None:
                 continue
-            value = s._first_input(node)
+            value = s.first_input(node)
             with graph.inserting_before(node):
                 if children:
                     new = graph.call_module(children[node.name], (value,))

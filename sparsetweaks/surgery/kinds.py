@@ -46,7 +46,6 @@ ALIASES = {"swish": "silu"}
 RELU_FAMILY = ("relu", "relu6", "leaky_relu")
 """What `swap_activations` replaces by default: the paper replaces ReLU; these share its kink at zero (paper 3.1)."""
 
-_BY_MODULE = {kind.module: kind for kind in _KINDS}
 _BY_FUNCTION = {function: kind for kind in _KINDS for function in (kind.function, *kind.spellings)}
 _BY_METHOD = {method: kind for kind in _KINDS for method in kind.methods}
 _IN_PLACE_FUNCTIONS = tuple(
@@ -70,8 +69,11 @@ def kind_named(name: str) -> Kind:
 
 
 def kind_of_module(module: nn.Module) -> Kind | None:
-    """The kind of an activation module, by its exact class: a subclass may compute anything."""
-    return _BY_MODULE.get(type(module))
+    """The kind of an activation module; a subclass counts if its forward is the inherited one."""
+    for kind in _KINDS:
+        if isinstance(module, kind.module) and type(module).forward is kind.module.forward:
+            return kind
+    return None
 
 
 def kind_of_function(function: object) -> Kind | None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import builtins
 import copy
+import dis
 import enum
 import functools
 import importlib
@@ -46,6 +47,13 @@ MAX_CASES = 32
 _BASE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _GIVEN = "given"  # an argument that is traced symbolically, whatever it is
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, type)
+_GLOBAL_MODES = frozenset(
+    ["is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"]
+    + ["get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype"]
+)
+SLICES, LOOPS = "[:]", "for"
+"""What `Scopes.names` holds, beside names, for code that slices or loops."""
+
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 
@@ -100,7 +108,7 @@ class Scopes:
 
     def __init__(self) -> None:
         self._traces: dict[Hashable, Trace | Untraceable] = {}
-        self._names = functools.cache(_reachable_names)
+        self._names: dict[Hashable, frozenset[str]] = {}
 
     def trace(self, module: nn.Module) -> Trace:
         """The cases of the module's own forward.
@@ -122,7 +130,12 @@ class Scopes:
 
     def names(self, module: nn.Module) -> frozenset[str]:
         """Every name that the code reachable from the module's forward mentions."""
-        return self._names(type(module), frozenset(type(child) for child in module.modules()))  # type: ignore[arg-type]
+        classes = frozenset(type(child) for child in module.modules())
+        held = frozenset(value for value in vars(module).values() if isinstance(value, types.FunctionType))
+        key = (type(module), classes, held)
+        if key not in self._names:
+            self._names[key] = _reachable_names(type(module), classes, held)
+        return self._names[key]
 
 
 def _trace_cases(module: nn.Module, names: frozenset[str]) -> Trace:
@@ -131,6 +144,8 @@ def _trace_cases(module: nn.Module, names: frozenset[str]) -> Trace:
         return Trace([Case({}, module.graph)], signature, {}, ())
     if "forward" in vars(module):
         raise Untraceable("its forward was replaced on the instance")
+    if names & _GLOBAL_MODES:
+        raise Untraceable(f"its forward asks for {min(names & _GLOBAL_MODES)}, which a trace would freeze")
     signature = inspect.signature(type(module).forward)
     questions = _questions(signature)
     cases: list[Case] = []
@@ -420,11 +435,13 @@ def _value_key(value: Any) -> Hashable:
     return id(value)
 
 
-def _reachable_names(cls: type, classes: frozenset[type]) -> frozenset[str]:
+def _reachable_names(
+    cls: type, classes: frozenset[type], held: frozenset[types.FunctionType]
+) -> frozenset[str]:
     """Names and string constants in the code of `cls.forward` and of what it calls by name, torch's own left out."""
     names: set[str] = set()
     seen: set[int] = set()
-    pending: list[Any] = [_forward_of(cls)]
+    pending: list[Any] = [_forward_of(cls), *held]
     while pending:
         function = inspect.unwrap(pending.pop())
         code = getattr(function, "__code__", None)
@@ -450,9 +467,16 @@ def _reachable_names(cls: type, classes: frozenset[type]) -> frozenset[str]:
 def _names_in(code: types.CodeType) -> Iterator[str]:
     yield from code.co_names
     yield from code.co_freevars
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("BUILD_SLICE", "BINARY_SLICE"):
+            yield SLICES
+        elif instruction.opname == "FOR_ITER":
+            yield LOOPS
     for constant in code.co_consts:
         if isinstance(constant, str):
             yield constant
+        elif isinstance(constant, slice):
+            yield SLICES
         elif isinstance(constant, types.CodeType):
             yield from _names_in(constant)
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from sparsetweaks.surgery import kinds as k
-from sparsetweaks.surgery.scopes import Scopes, Trace, Untraceable, is_scope
+from sparsetweaks.surgery.scopes import LOOPS, SLICES, Scopes, Trace, Untraceable, is_scope
 
 Where = Callable[["Site"], bool] | str | Sequence[str] | None
 """Which sites: all (None), a glob pattern or several on `Site.path`, or a predicate on the `Site`."""
@@ -134,6 +134,7 @@ class Found:
     module: nn.Module  # the activation itself (form "module") or the scope
     trace: Trace | None = None
     observed: bool = False  # whether the input it overwrites may be looked at afterwards
+    overwritten: bool = False  # whether its input is overwritten afterwards, by another operation
 
 
 def find_activations(model: nn.Module, *, kinds: Sequence[str] = k.RELU_FAMILY, where: Where = None) -> Sites:
@@ -167,6 +168,7 @@ def activation_sites(model: nn.Module, kinds: Sequence[str], scopes: Scopes) -> 
     spelled = k.spellings(wanted)
     found: list[Found] = []
     observed: set[int] = set()
+    overwritten: set[int] = set()
     called: set[int] = set()
     opaque: set[int] = set()  # activation modules whose callers cannot be read
     for scope, module in model.named_modules():
@@ -194,14 +196,18 @@ def activation_sites(model: nn.Module, kinds: Sequence[str], scopes: Scopes) -> 
             for node in case.graph.nodes:
                 if node.op == "call_module":
                     child = module.get_submodule(str(node.target))
-                    if getattr(child, "inplace", False):
-                        called.add(id(child))
-                        if is_observed(node, module):
-                            observed.add(id(child))
+                    if k.kind_of_module(child) is None:
+                        continue
+                    called.add(id(child))
+                    if getattr(child, "inplace", False) and is_observed(node, module):
+                        observed.add(id(child))
+                    if is_overwritten(node, module):
+                        overwritten.add(id(child))
     for each in found:
         if each.site.form == "module":
             key = id(each.module)
             each.observed = key in observed or key in opaque or key not in called
+            each.overwritten = key in overwritten
     return found
 
 
@@ -217,6 +223,7 @@ def _calls(scope: str, module: nn.Module, trace: Trace, wanted: tuple[str, ...])
             site = Site(scope, node.name, kind.name, form, k.works_in_place(node))
             each = found.setdefault(node.name, Found(site, module, trace))
             each.observed |= site.in_place and is_observed(node, module)
+            each.overwritten |= is_overwritten(node, module)
     yield from found.values()
 
 
@@ -229,6 +236,14 @@ def _unread(
         if kind is not None and kind.name in wanted:
             yield Found(Site(scope, name, kind.name, "attribute"), module)
     children = set(module._modules)
+    for name, value in vars(module).items():
+        for held in value if isinstance(value, (list, tuple)) else ():
+            kind = k.kind_of_module(held) if isinstance(held, nn.Module) else None
+            if kind is not None and kind.name in wanted and held not in module.modules():
+                yield Found(
+                    _site(f"{scope}.{name}" if scope else name, kind.name, "module", "it is not registered"),
+                    held,
+                )
     for name in sorted(mentions - children):
         if name in wanted and name not in vars(module):
             yield Found(_site(f"{scope}." if scope else ".", name, "function", str(reason)), module)
@@ -261,7 +276,7 @@ def is_observed(node: fx.Node, module: nn.Module) -> bool:
     no later reader of any of its names, counts as not observed.
     """
     order = {each: position for position, each in enumerate(node.graph.nodes)}
-    value = _first_input(node)
+    value = first_input(node)
     while value is not None:
         if any(order[user] > order[node] for user in value.users):
             return True
@@ -275,10 +290,28 @@ def is_observed(node: fx.Node, module: nn.Module) -> bool:
         elif value.op == "call_function" and value.target in _FRESH_FUNCTIONS:
             return False
         elif mutates(value, module):
-            value = _first_input(value)
+            value = first_input(value)
         else:
             return True
     return True
+
+
+def is_overwritten(node: fx.Node, module: nn.Module) -> bool:
+    """Whether another operation overwrites the input of this call after it.
+
+    ReLU keeps its output for the backward pass and does not mind; a smooth activation keeps its input.
+    """
+    order = {each: position for position, each in enumerate(node.graph.nodes)}
+    value = first_input(node)
+    while value is not None:
+        if any(order[user] > order[node] and _overwrites(user, value, module) for user in value.users):
+            return True
+        value = first_input(value) if mutates(value, module) else None
+    return False
+
+
+def _overwrites(user: fx.Node, value: fx.Node, module: nn.Module) -> bool:
+    return mutates(user, module) and first_input(user) is value
 
 
 def mutates(node: fx.Node, module: nn.Module) -> bool:
@@ -294,7 +327,7 @@ def mutates(node: fx.Node, module: nn.Module) -> bool:
     return False
 
 
-def _first_input(node: fx.Node) -> fx.Node | None:
+def first_input(node: fx.Node) -> fx.Node | None:
     first = node.args[0] if node.args else node.kwargs.get("input")
     return first if isinstance(first, fx.Node) else None
 
@@ -362,12 +395,14 @@ def find_skip_sites(model: nn.Module, *, where: Where = None) -> Sites:
 def skip_sites(model: nn.Module, scopes: Scopes) -> list[Found]:
     """All units of a model, with their scopes and traces."""
     found: list[Found] = []
+    bypassed: dict[int, str] = {}
     for scope, module in model.named_modules():
         if not is_scope(module) or not any(map(_is_conv, module.modules())):
             continue
         try:
             trace = scopes.trace(module)
         except Untraceable as reason:
+            bypassed.update(_perhaps_bypassed(module, scopes.names(module)))
             own = [name for name, child in module.named_children() if _is_conv(child)]
             found += [
                 Found(
@@ -381,10 +416,25 @@ def skip_sites(model: nn.Module, scopes: Scopes) -> list[Found]:
         for case in trace.cases:
             for unit in units_in(case.graph, module):
                 conv = module.get_submodule(str(unit.conv.target))
-                site = Site(scope, str(unit.conv.target), _conv_kind(conv), "unit", left=unit.left)
+                left = bypassed.get(id(module), unit.left)
+                site = Site(scope, str(unit.conv.target), _conv_kind(conv), "unit", left=left)
                 units.setdefault(site.name, Found(site, module, trace))
         found += units.values()
     return found
+
+
+def _perhaps_bypassed(module: nn.Module, names: frozenset[str]) -> Iterator[tuple[int, str]]:
+    """Sequentials whose layers a forward that cannot be read may call one by one, past their own forward."""
+    for name, child in module.named_children():
+        plain = _is_sequential(child) and name in names
+        if plain and SLICES in names:
+            yield id(child), "the module that holds it may slice it"
+        elif plain and LOOPS in names:
+            yield id(child), "the module that holds it may call its layers one by one"
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def units_in(graph: fx.Graph, module: nn.Module) -> Iterator[Unit]:
@@ -395,7 +445,7 @@ def units_in(graph: fx.Graph, module: nn.Module) -> Iterator[Unit]:
         if node.op != "call_module" or not _is_conv(module.get_submodule(str(node.target))):
             continue
         conv = module.get_submodule(str(node.target))
-        if len(node.users) != 1 or _first_input(node) is None:
+        if len(node.users) != 1 or first_input(node) is None:
             continue
         follower = next(iter(node.users))
         if _is_norm_call(follower, module):
@@ -411,7 +461,7 @@ def units_in(graph: fx.Graph, module: nn.Module) -> Iterator[Unit]:
 def _why_not_here(
     conv: fx.Node, output: fx.Node, order: dict[fx.Node, int], nodes: list[fx.Node], module: nn.Module
 ) -> str | None:
-    source = _first_input(conv)
+    source = first_input(conv)
     assert source is not None
     if output is not conv:
         norm = module.get_submodule(str(output.target))
@@ -434,7 +484,7 @@ def _why_not_here(
 
 def _through_identity(node: fx.Node, module: nn.Module) -> fx.Node:
     while node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity:
-        inner = _first_input(node)
+        inner = first_input(node)
         if inner is None:
             break
         node = inner

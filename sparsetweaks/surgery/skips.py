@@ -191,6 +191,6 @@ def _inject(group: list[s.Found]) -> None:
             with graph.inserting_after(unit.output):
                 skip = graph.call_module(f"{unit.conv.target}.skip")
             unit.output.replace_all_uses_with(skip)
-            skip.args = (unit.conv.args[0], unit.output)
+            skip.args = (s.first_input(unit.conv), unit.output)
 
     rewrite(scope, trace, ("skip", names), edit)

@@ -202,3 +202,54 @@ def test_every_known_name_is_a_target_and_found_again(name):
 
 def test_function_prints_its_name():
     assert "sin" in repr(Function(torch.sin))
+
+
+def test_an_input_that_is_overwritten_later_is_kept_for_the_backward_pass():
+    class Twice(nn.Module):
+        def __init__(self, first):
+            super().__init__()
+            self.inner, self.first = nn.Linear(4, 4), first
+
+        def forward(self, x):
+            x = self.inner(x)
+            return self.first(x) + x.relu_()
+
+    for first in (F.relu, nn.ReLU()):
+        for to, function in (("silu", F.silu), ("gelu", F.gelu), (nn.Hardtanh, F.hardtanh)):
+            model = Twice(first)
+            swapped = st.swap_activations(model, to)
+            x = torch.randn(3, 4)
+            swapped(x).sum().backward()
+            inner = model.inner(x)
+            torch.testing.assert_close(swapped(x), 2 * function(inner))
+            expected = torch.autograd.grad(2 * function(inner).sum(), model.inner.weight)[0]
+            torch.testing.assert_close(swapped.inner.weight.grad, expected)
+
+
+def test_subclasses_without_a_forward_of_their_own_are_found_and_unregistered_ones_named():
+    class Own(nn.ReLU):
+        pass
+
+    class Hides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden = [nn.ReLU()]
+
+        def forward(self, x):
+            return self.hidden[0](x)
+
+    sites = st.find_activations(nn.Sequential(Own(), Hides()))
+    assert [(site.path, site.left) for site in sites] == [("0", None), ("1.hidden", "it is not registered")]
+
+
+def test_a_helper_held_by_a_forward_that_cannot_be_traced_is_named():
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.helper = lambda x: F.relu6(x, inplace=True)
+
+        def forward(self, x):
+            return self.helper(x) if x.sum() > 0 else x
+
+    (site,) = st.find_activations(Holds())
+    assert "control flow" in site.left

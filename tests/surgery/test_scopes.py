@@ -155,6 +155,11 @@ class RandomTensor(Counts):
         return F.relu(self.inner(x)) * torch.rand(())
 
 
+class GradMode(Counts):
+    def forward(self, x):
+        return F.relu(self.inner(x)) if torch.is_grad_enabled() else self.inner(x)
+
+
 class NoGrad(Counts):
     def forward(self, x):
         with torch.no_grad():
@@ -205,6 +210,7 @@ class Loop(Counts):
         (Appends, "changes the attribute 'seen'"),
         (RandomPython, "random numbers"),
         (RandomTensor, "does not depend on its inputs"),
+        (GradMode, "is_grad_enabled"),
         (NoGrad, "gradients or autocast"),
         (Autocast, "gradients or autocast"),
         (ShapeControl, "control flow"),

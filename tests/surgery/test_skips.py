@@ -250,3 +250,20 @@ def test_editing_a_rewritten_sequential_is_refused_and_replacing_a_layer_works()
     assert torch.equal(skipped[2](x), torch.tanh(x))
     first = torch.tanh(model[1](model[0](x)) + x)
     torch.testing.assert_close(skipped(x), torch.relu(model[4](model[3](first)) + first))
+
+
+def test_a_sequential_that_its_holder_may_slice_or_loop_over_is_left():
+    class Slices(nn.Module):
+        def __init__(self, slices: bool):
+            super().__init__()
+            self.body, self.slices = unit(4, 4, 3, padding=1), slices
+
+        def forward(self, x):
+            if self.slices:
+                return self.body[:2](x)
+            for layer in self.body:
+                x = layer(x) if x.shape[0] else x
+            return x
+
+    reasons = [st.find_skip_sites(Slices(slices))[0].left for slices in (True, False)]
+    assert reasons == ["the module that holds it may slice it", "the module that holds it may slice it"]
