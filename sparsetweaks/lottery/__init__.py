@@ -5,11 +5,13 @@ The rooms, each of which uses only those above it:
     config.py    what determines a run: network, recipe, tweaks
     data.py      data sets as tensors in memory
     models.py    the CIFAR-style ResNet of He et al.
+    store.py     tickets and trainings as files
     train.py     the one training loop
-    store.py     tickets and finished stages as files
-    draw.py      iterative and one-shot magnitude pruning with rewinding
     spend.py     retraining a ticket with tweaks, one row of results per run
+    draw.py      iterative and one-shot magnitude pruning with rewinding
+    grid.py      independent runs, side by side
     results.py   rows as a table and as a picture
-    demo.py      all of it on digits, in two minutes
-    cli.py       the command line
+    demo.py      all of it on digits, in about two minutes
+    commands.py  the commands
+    cli.py       what starts them, and turns a user's mistakes into one line
 """

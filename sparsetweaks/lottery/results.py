@@ -172,7 +172,7 @@ def table(summary: Summary) -> str:
 
 
 def plot(settings: Mapping[str, Summary], path: Path) -> None:
-    """Draw test accuracy against sparsity, a line per variant with its 95 % interval, dense as a dashed line.
+    """Draw accuracy against sparsity, and the gains over vanilla, a line per variant with its 95 % interval.
 
     Args:
         settings: from `summarise`; each gets a panel.
@@ -186,10 +186,10 @@ def plot(settings: Mapping[str, Summary], path: Path) -> None:
     drawn = {title: summary for title, summary in settings.items() if any(summary)}
     if not drawn:
         raise LotteryError("there are no results of sparse networks to draw yet")
-    figure = Figure(figsize=(8 * len(drawn), 5.2), layout="constrained", dpi=150)
-    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
-    for axes, (title, summary) in zip(panels, drawn.items(), strict=True):
-        _panel(axes, title, summary)
+    figure = Figure(figsize=(8.5 * len(drawn), 8), layout="constrained", dpi=150)
+    panels = figure.subplots(2, len(drawn), squeeze=False, sharex="col", height_ratios=(3, 2))
+    for accuracies, gains, (title, summary) in zip(*panels, drawn.items(), strict=True):
+        _panel(accuracies, gains, title, summary)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
@@ -216,35 +216,51 @@ def t_quantile(freedom: int) -> float:
     return z + (z**3 + z) / (4 * freedom)  # the first terms of its expansion about the normal quantile
 
 
-def _panel(axes: Any, title: str, summary: Summary) -> None:
+def _panel(accuracies: Any, gains: Any, title: str, summary: Summary) -> None:
+    """One setting: accuracies above, and below them the gains over vanilla, seed by seed, where noise hides less."""
     sparse = sorted(sparsity for sparsity in summary if sparsity)
+    names = _ordered({name for sparsity in sparse for name in summary[sparsity]})
     dense = summary.get(0.0, {}).get(BASELINE)
     if dense is not None:
-        axes.axhline(dense.mean, color="#555555", linestyle="--", linewidth=1.3, zorder=1, label="dense")
-    for name in _ordered({name for sparsity in sparse for name in summary[sparsity]}):
-        colour, marker = _LOOK.get(name, ("#000000", "x"))
-        at = [sparsity for sparsity in sparse if name in summary[sparsity]]
-        cells = [summary[sparsity][name] for sparsity in at]
-        density = [100 * (1 - sparsity) for sparsity in at]
-        means, widths = [cell.mean for cell in cells], [cell.interval or 0.0 for cell in cells]
-        low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
-        axes.fill_between(density, low, high, color=colour, alpha=0.13, linewidth=0, zorder=2)
-        axes.plot(
-            density, means, color=colour, marker=marker, markersize=7, linewidth=2, label=name, zorder=3
+        accuracies.axhline(
+            dense.mean, color="#666666", linestyle="--", linewidth=1.3, zorder=1, label="dense"
         )
-    axes.set_xscale("log")
-    axes.invert_xaxis()
-    axes.set_xticks(
-        [100 * (1 - sparsity) for sparsity in sparse], [f"{100 * sparsity:.3g}" for sparsity in sparse]
+    gains.axhline(0, color="#000000", linewidth=1.3, zorder=1)
+    for place, name in enumerate(names):
+        aside = 1 - 0.03 * (place - (len(names) - 1) / 2)  # so that no interval hides another
+        cells = {sparsity: summary[sparsity][name] for sparsity in sparse if name in summary[sparsity]}
+        _line_of(accuracies, name, aside, cells)
+        over = {s: cell.over(summary[s][BASELINE]) for s, cell in cells.items() if BASELINE in summary[s]}
+        if name != BASELINE:
+            _line_of(gains, name, aside, {s: cell for s, cell in over.items() if cell is not None})
+    accuracies.set(title=title, ylabel="test accuracy, %")
+    gains.set(
+        ylabel="points gained over vanilla", xlabel="sparsity: weights removed, % (log scale of what remains)"
     )
-    axes.minorticks_off()
-    axes.set_xlabel("sparsity: weights removed, % (log scale of what remains)")
-    axes.set_ylabel("test accuracy, %")
-    axes.set_title(title, fontsize=11, loc="left")
-    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower left", title="mean, 95 % interval over seeds", alignment="left")
+    gains.set_xscale("log")
+    gains.invert_xaxis()
+    gains.set_xticks(
+        [100 * (1 - sparsity) for sparsity in sparse], [f"{100 * sparsity:.4g}" for sparsity in sparse]
+    )
+    for axes in (accuracies, gains):
+        axes.minorticks_off()
+        axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    accuracies.legend(
+        frameon=False, loc="lower left", title="mean, 95 % interval over seeds", alignment="left"
+    )
+
+
+def _line_of(axes: Any, name: str, aside: float, cells: Mapping[float, Cell]) -> None:
+    colour, marker = _LOOK.get(name, ("#000000", "x"))
+    at = [100 * (1 - sparsity) * aside for sparsity in cells]
+    means = [cell.mean for cell in cells.values()]
+    widths = [cell.interval or 0.0 for cell in cells.values()]
+    low, high = ([mean + sign * width for mean, width in zip(means, widths, strict=True)] for sign in (-1, 1))
+    axes.fill_between(at, low, high, color=colour, alpha=0.06, linewidth=0, zorder=2)
+    axes.errorbar(at, means, widths, color=colour, elinewidth=1.4, capsize=3, linewidth=0, zorder=3)
+    axes.plot(at, means, color=colour, marker=marker, markersize=7, linewidth=2, label=name, zorder=4)
 
 
 def _text(cell: Cell | None, sign: str) -> str:
