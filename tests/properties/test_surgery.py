@@ -185,10 +185,10 @@ def observe_swapped(spec: Spec, training: bool) -> Observation:
     with calling() as stack:
 
         def chosen(function: Any) -> bool:
-            if not stack or (function is F.hardtanh and type(stack[-1]) is not nn.ReLU6):
+            if not stack or (function is F.hardtanh and not isinstance(stack[-1], nn.ReLU6)):
                 return False
             caller = names.get(id(stack[-1]), set())
-            return bool(caller & (modules if type(stack[-1]) in RELU_MODULES else scopes))
+            return bool(caller & (modules | scopes))
 
         with SiluWhere(chosen):
             return observe(model, example_batch(spec), training=training)
@@ -354,7 +354,7 @@ def test_modules_keep_names_classes_modes_and_hooks(spec, name):
     result = SURGERIES[name](model)
     after = dict(result.named_modules(remove_duplicate=False))
     for key, module in model.named_modules(remove_duplicate=False):
-        if type(module) in RELU_MODULES and "swap" in name:
+        if isinstance(module, RELU_MODULES) and "swap" in name:
             assert after[key].training == module.training
         else:
             assert isinstance(after[key], type(module)), key
