@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsetweaks.lottery.config import LotteryError, Recipe, Tweaks, key
 from sparsetweaks.lottery.data import Data, batches
 from sparsetweaks.lottery.store import Ticket
-from sparsetweaks.lottery.train import Trained, computes_in_bfloat16, load_trained, train
+from sparsetweaks.lottery.train import SEED_STRIDE, Trained, computes_in_bfloat16, load_trained, train
 from sparsetweaks.masks import apply_masks, find_masks
 from sparsetweaks.pruning import prune
 from sparsetweaks.recipe.labels import SoftLabelLoss
@@ -243,5 +243,5 @@ def _pruned_further(ticket: Ticket, count: int) -> dict[str, Tensor]:
 def _endless(data: Data, recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Unaugmented batches for as long as they are asked for, of half the size, as two of them make a training step."""
     for epoch in itertools.count():
-        generator = torch.Generator(data.mean.device).manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator(data.mean.device).manual_seed(seed * SEED_STRIDE + epoch)
         yield from batches(data.train, data, size=recipe.batch_size // 2, padding=0, generator=generator)

@@ -19,6 +19,8 @@ from sparsetweaks.lottery.config import LotteryError, Recipe
 from sparsetweaks.lottery.data import Data, Images, batches
 from sparsetweaks.masks import find_masks, keep_masks
 
+SEED_STRIDE = 1_000_003  # no two epochs of two seeds share a generator
+
 
 @dataclass
 class Trained:
@@ -96,9 +98,8 @@ def train(
     with keep_masks(model, optimizer) if find_masks(model) else contextlib.nullcontext():
         for epoch in range(done.epochs, recipe.epochs):
             started, total = time.perf_counter(), torch.zeros((), device=device)
-            generator = torch.Generator(device).manual_seed(
-                seed * 1_000_003 + epoch
-            )  # an epoch can be run by itself
+            # seeded for each epoch, so that a training cut off goes on exactly as it would have
+            generator = torch.Generator(device).manual_seed(seed * SEED_STRIDE + epoch)
             model.train()
             for step, (images, labels) in enumerate(
                 batches(data.train, data, size=recipe.batch_size, padding=padding, generator=generator)
@@ -122,11 +123,8 @@ def train(
                 validation = accuracy(model, data.validation, data)
             done.weights["last"] = _copy(model)
             if validation > done.validation:
-                done.validation, done.best_epoch, done.weights["best"] = (
-                    validation,
-                    epoch + 1,
-                    done.weights["last"],
-                )
+                done.validation, done.best_epoch = validation, epoch + 1
+                done.weights["best"] = done.weights["last"]
             if epoch + 1 == rewind_epoch:
                 done.weights["rewind"] = done.weights["last"]
             _save(checkpoint, done, optimizer, model)

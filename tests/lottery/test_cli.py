@@ -163,7 +163,7 @@ def test_the_module_is_the_command() -> None:
 
 
 def test_an_interrupted_drawing_loses_nothing_and_goes_on(tmp_path: Path) -> None:
-    words = ["--levels", "3", "--epochs", "30", *SMALL[:4], *SMALL[6:], "--out", str(tmp_path)]
+    words = ["--levels", "3", "--epochs", "20", *SMALL[:4], *SMALL[6:], "--out", str(tmp_path)]
     command = [sys.executable, "-m", "sparsetweaks", "draw", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: list(tmp_path.glob("tickets/*level01*.safetensors")), process)
