@@ -20,6 +20,7 @@ This is the only file that imports `torch.fx`.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import copy
 import dis
 import enum
@@ -34,7 +35,7 @@ import sys
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
@@ -232,12 +233,17 @@ def _trace_one(
     tracer = _Tracer(signature, answers)
     state, rng = random.getstate(), torch.random.get_rng_state()
     try:
-        graph = tracer.trace(twin)
+        with _no_saved_tensor_hooks(tracer):
+            graph = tracer.trace(twin)
+        if tracer.refusal is not None:
+            raise tracer.refusal
         for node in graph.nodes:
             node.type = None  # annotations would need imports of their own
     except (_NotConstant, Untraceable):
         raise
     except Exception as error:
+        if tracer.refusal is not None:
+            raise tracer.refusal from error
         symbolic = [name for name in tracer.plain if answers[name] is _GIVEN]
         if symbolic:
             raise _NotConstant(symbolic[0]) from error
@@ -304,6 +310,11 @@ class _Proxy(fx.Proxy):
             return type(self)
         return self.tracer.answer_type(self.node)  # type: ignore[attr-defined]
 
+    def _needs_value(self, *_: Any) -> Any:
+        self.tracer.refuse(f"its forward needs the value of {self.node.name} in Python")  # type: ignore[attr-defined]
+
+    __len__ = __index__ = __int__ = __float__ = __complex__ = _needs_value
+
 
 class _Tracer(fx.Tracer):
     """fx's tracer with every child a leaf, arguments as one case has them, and refusals where fx would be wrong."""
@@ -318,7 +329,18 @@ class _Tracer(fx.Tracer):
         self.plain = [
             name for name, p in signature.parameters.items() if isinstance(p.default, (int, float, str))
         ]
+        self.refusal: Untraceable | _NotConstant | None = None
         self._state = _execution_state()
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Give up; remembered, as the forward may catch whatever is raised in it."""
+        self.refusal = self.refusal or Untraceable(reason)
+        raise self.refusal
+
+    def need_constant(self, name: str) -> NoReturn:
+        """Give up until the plain argument of that name is fixed at its default."""
+        self.refusal = self.refusal or _NotConstant(name)
+        raise self.refusal
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -343,40 +365,56 @@ class _Tracer(fx.Tracer):
 
     def answer_type(self, node: fx.Node) -> type:
         if node.op != "placeholder":
-            raise Untraceable(f"its forward asks for the type of an intermediate value ({node.name})")
+            self.refuse(f"its forward asks for the type of an intermediate value ({node.name})")
         if node.target in self.plain:
-            raise _NotConstant(str(node.target))
+            self.need_constant(str(node.target))
         self.asked.add(str(node.target))
         answer = self.answers[str(node.target)]
         return torch.Tensor if answer is _GIVEN else answer
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _execution_state() != self._state:
-            raise Untraceable("its forward switches gradients or autocast on or off")
+            self.refuse("its forward switches gradients or autocast on or off")
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is not _Proxy and isinstance(a, torch.Tensor):
             registered = itertools.chain(self.root.parameters(), self.root.buffers(), self.tensor_attrs)
             if not any(a is tensor for tensor in registered):
-                raise Untraceable("its forward computes a tensor that does not depend on its inputs")
+                self.refuse("its forward computes a tensor that does not depend on its inputs")
         return super().create_arg(a)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         try:
             return super().iter(obj)
         except fx.proxy.TraceError:
-            raise Untraceable(
-                f"its forward loops over a value known only at run time ({obj.node.name})"
-            ) from None
+            raise Untraceable(f"its forward loops over a value known only at run time ({obj.node.name})")
 
     def keys(self, obj: fx.Proxy) -> Any:
-        raise Untraceable(f"its forward unpacks a mapping known only at run time ({obj.node.name})")
+        self.refuse(f"its forward unpacks a mapping known only at run time ({obj.node.name})")
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         if obj.node.op == "placeholder" and obj.node.target in self.plain:
-            raise _NotConstant(str(obj.node.target))
-        raise Untraceable(f"its control flow depends on its inputs ({obj.node.name})")
+            self.need_constant(str(obj.node.target))
+        self.refuse(f"its control flow depends on its inputs ({obj.node.name})")
+
+
+@contextlib.contextmanager
+def _no_saved_tensor_hooks(tracer: _Tracer) -> Iterator[None]:
+    """Refuse activation checkpointing and its like: a trace would leave it out."""
+
+    def refuse(_: Any) -> NoReturn:
+        tracer.refuse(
+            "its forward saves memory for the backward pass by checkpointing or hooks on saved tensors"
+        )
+
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    enter = hooks.__enter__
+    hooks.__enter__ = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        hooks.__enter__ = enter  # type: ignore[method-assign]
 
 
 def _execution_state() -> tuple[bool, ...]:

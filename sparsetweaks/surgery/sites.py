@@ -244,9 +244,9 @@ def _unread(
                     _site(f"{scope}.{name}" if scope else name, kind.name, "module", "it is not registered"),
                     held,
                 )
-    for name in sorted(mentions - children):
-        if name in wanted and name not in vars(module):
-            yield Found(_site(f"{scope}." if scope else ".", name, "function", str(reason)), module)
+    for kind_name in wanted:
+        if (k.spellings((kind_name,)) & mentions) - children - set(vars(module)):
+            yield Found(_site(f"{scope}." if scope else ".", kind_name, "function", str(reason)), module)
 
 
 def _site(path: str, kind: str, form: str, reason: str) -> Site:

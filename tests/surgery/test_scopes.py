@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import sparsetweaks as st
 
@@ -326,3 +327,50 @@ def test_scripted_modules_are_left():
     model.append(script)
     sites = st.find_activations(model)
     assert [site.left for site in sites] == [None, "it is scripted"]
+
+
+class Catches(Counts):
+    def forward(self, x):
+        try:
+            return F.relu(self.inner(x)) if x.sum() > 0 else self.inner(x)
+        except ValueError:
+            return x
+
+
+class Length(Counts):
+    def forward(self, x):
+        try:
+            return F.relu(self.inner(x)) * len(x)
+        except (TypeError, RuntimeError):
+            return x
+
+
+class Checkpoints(Counts):
+    def forward(self, x):
+        return checkpoint(lambda y: F.relu(self.inner(y)), x, use_reentrant=False)
+
+
+class Reentrant(Counts):
+    def forward(self, x):
+        return checkpoint(lambda y: F.relu(self.inner(y)), x, use_reentrant=True)
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [(Catches, "control flow"), (Length, "the value of x"), (Checkpoints, "checkpointing"), (Reentrant, "")],
+)
+def test_refusals_cannot_be_swallowed_and_checkpointing_is_refused(cls, reason):
+    model = cls()
+    enter = torch.autograd.graph.saved_tensors_hooks.__enter__
+    (site,) = st.find_activations(model)
+    assert site.left is not None
+    assert reason in site.left
+    assert torch.autograd.graph.saved_tensors_hooks.__enter__ is enter
+
+
+def test_a_function_held_in_an_attribute_is_named_by_any_spelling():
+    model = Counts()
+    model.helper = lambda x: x.relu_()
+    model.forward = lambda x: model.helper(x)
+    (site,) = st.find_activations(model)
+    assert (site.kind, site.form) == ("relu", "function")
