@@ -7,6 +7,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -226,8 +227,11 @@ def _panel(accuracies: Any, gains: Any, title: str, summary: Summary) -> None:
             dense.mean, color="#666666", linestyle="--", linewidth=1.3, zorder=1, label="dense"
         )
     gains.axhline(0, color="#000000", linewidth=1.3, zorder=1)
+    gap = min(
+        ((1 - low) / (1 - high) for low, high in pairwise(sparse)), default=2.0
+    )  # on the logarithmic axis
     for place, name in enumerate(names):
-        aside = 1 - 0.03 * (place - (len(names) - 1) / 2)  # so that no interval hides another
+        aside = gap ** (0.06 * ((len(names) - 1) / 2 - place))  # so that no interval hides another
         cells = {sparsity: summary[sparsity][name] for sparsity in sparse if name in summary[sparsity]}
         _line_of(accuracies, name, aside, cells)
         over = {s: cell.over(summary[s][BASELINE]) for s, cell in cells.items() if BASELINE in summary[s]}
@@ -247,9 +251,10 @@ def _panel(accuracies: Any, gains: Any, title: str, summary: Summary) -> None:
         axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    accuracies.legend(
-        frameon=False, loc="lower left", title="mean, 95 % interval over seeds", alignment="left"
-    )
+    accuracies.set_ylim(top=min(accuracies.get_ylim()[1], 100.5))  # an interval may reach beyond what can be
+    handles, labels = accuracies.get_legend_handles_labels()
+    place_below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 5}
+    gains.legend(handles, labels, title="mean and 95 % interval over seeds", frameon=False, **place_below)
 
 
 def _line_of(axes: Any, name: str, aside: float, cells: Mapping[float, Cell]) -> None:
