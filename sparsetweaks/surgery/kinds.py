@@ -77,7 +77,9 @@ def kind_of_module(module: nn.Module) -> Kind | None:
 
 
 def kind_of_function(function: object) -> Kind | None:
-    """The kind of an activation function."""
+    """The kind of an activation function, also with some arguments given by `functools.partial`."""
+    if isinstance(function, functools.partial):
+        function = function.func
     try:
         return _BY_FUNCTION.get(function)  # type: ignore[call-overload]
     except TypeError:  # unhashable

@@ -132,7 +132,10 @@ class Scopes:
     def names(self, module: nn.Module) -> frozenset[str]:
         """Every name that the code reachable from the module's forward mentions."""
         classes = frozenset(type(child) for child in module.modules())
-        held = frozenset(value for value in vars(module).values() if isinstance(value, types.FunctionType))
+        plain = (
+            value for value in vars(module).values() if isinstance(value, (functools.partial, *_FUNCTIONS))
+        )
+        held = frozenset(value.func if isinstance(value, functools.partial) else value for value in plain)
         key = (type(module), classes, held)
         if key not in self._names:
             self._names[key] = _reachable_names(type(module), classes, held)
@@ -233,7 +236,7 @@ def _trace_one(
     tracer = _Tracer(signature, answers)
     state, rng = random.getstate(), torch.random.get_rng_state()
     try:
-        with _no_saved_tensor_hooks(tracer):
+        with _watched(tracer):
             graph = tracer.trace(twin)
         if tracer.refusal is not None:
             raise tracer.refusal
@@ -298,17 +301,7 @@ def _same(left: Any, right: Any) -> bool:
 
 
 class _Proxy(fx.Proxy):
-    """Answers `isinstance` as the case says, if it is the model's code that asks and not torch's own."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        caller = sys._getframe(1).f_globals.get("__name__") or ""
-        own = caller.startswith("torch.nn.modules.") or not caller.startswith(
-            ("torch.", "dataclasses", "inspect")
-        )
-        if not own:
-            return type(self)
-        return self.tracer.answer_type(self.node)  # type: ignore[attr-defined]
+    """A symbolic value that refuses, and has the tracer remember, what a trace cannot know."""
 
     def _needs_value(self, *_: Any) -> Any:
         self.tracer.refuse(f"its forward needs the value of {self.node.name} in Python")  # type: ignore[attr-defined]
@@ -388,7 +381,7 @@ class _Tracer(fx.Tracer):
         try:
             return super().iter(obj)
         except fx.proxy.TraceError:
-            raise Untraceable(f"its forward loops over a value known only at run time ({obj.node.name})")
+            self.refuse(f"its forward loops over a value known only at run time ({obj.node.name})")
 
     def keys(self, obj: fx.Proxy) -> Any:
         self.refuse(f"its forward unpacks a mapping known only at run time ({obj.node.name})")
@@ -400,20 +393,34 @@ class _Tracer(fx.Tracer):
 
 
 @contextlib.contextmanager
-def _no_saved_tensor_hooks(tracer: _Tracer) -> Iterator[None]:
-    """Refuse activation checkpointing and its like: a trace would leave it out."""
+def _watched(tracer: _Tracer) -> Iterator[None]:
+    """Answer the model's own `isinstance` of symbolic values as the case says, and refuse saved-tensor hooks.
+
+    The answer cannot come from a `__class__` of the proxy: torch's argument parser would believe it, and read a
+    tensor that is not there. Activation checkpointing works by saved-tensor hooks, which a trace would leave out.
+    """
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    is_instance, enter = builtins.isinstance, hooks.__enter__
+
+    def answer(value: Any, kinds: Any) -> bool:
+        if type(value) is _Proxy:
+            caller = sys._getframe(1).f_globals.get("__name__") or ""
+            torch_asks = caller.startswith(("torch.", "dataclasses", "inspect"))
+            if not torch_asks or caller.startswith("torch.nn.modules."):
+                return issubclass(tracer.answer_type(value.node), kinds)
+        return is_instance(value, kinds)
 
     def refuse(_: Any) -> NoReturn:
         tracer.refuse(
             "its forward saves memory for the backward pass by checkpointing or hooks on saved tensors"
         )
 
-    hooks = torch.autograd.graph.saved_tensors_hooks
-    enter = hooks.__enter__
+    builtins.isinstance = answer  # type: ignore[assignment]
     hooks.__enter__ = refuse  # type: ignore[method-assign]
     try:
         yield
     finally:
+        builtins.isinstance = is_instance
         hooks.__enter__ = enter  # type: ignore[method-assign]
 
 
@@ -466,6 +473,8 @@ def _fingerprint(module: nn.Module, names: frozenset[str]) -> Hashable:
 def _value_key(value: Any) -> Hashable:
     if isinstance(value, (*_PLAIN, *_FUNCTIONS)):
         return (type(value), value)
+    if isinstance(value, functools.partial):
+        return (functools.partial, value.func, _value_key(value.args), _value_key(value.keywords))
     if type(value) in (tuple, list):
         return (type(value), tuple(_value_key(each) for each in value))
     if type(value) is dict:
@@ -473,9 +482,7 @@ def _value_key(value: Any) -> Hashable:
     return id(value)
 
 
-def _reachable_names(
-    cls: type, classes: frozenset[type], held: frozenset[types.FunctionType]
-) -> frozenset[str]:
+def _reachable_names(cls: type, classes: frozenset[type], held: frozenset[Any]) -> frozenset[str]:
     """Names and string constants in the code of `cls.forward` and of what it calls by name, torch's own left out."""
     names: set[str] = set()
     seen: set[int] = set()

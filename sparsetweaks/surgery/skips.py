@@ -93,6 +93,12 @@ def match_channels(input: torch.Tensor, channels: int, rank: int) -> torch.Tenso
     extra = channels - input.shape[-rank - 1]
     if extra >= 0:
         return F.pad(input, (0, 0) * rank + (0, extra))
+    if input.is_contiguous():  # pool where the channels stand, so that gradients keep the memory format too
+        space = input.shape[-rank:]
+        pooled = F.adaptive_avg_pool2d(
+            input.reshape(-1, 1, input.shape[-rank - 1], space.numel()), (channels, None)
+        )
+        return pooled.reshape(*input.shape[: -rank - 1], channels, *space)
     last = input.movedim(-rank - 1, -1)
     pooled = F.adaptive_avg_pool1d(last.flatten(0, -3) if last.dim() > 3 else last, channels)
     return pooled.view(*last.shape[:-1], channels).movedim(-1, -rank - 1)

@@ -374,3 +374,15 @@ def test_a_function_held_in_an_attribute_is_named_by_any_spelling():
     model.forward = lambda x: model.helper(x)
     (site,) = st.find_activations(model)
     assert (site.kind, site.form) == ("relu", "function")
+
+
+class Overloads(nn.Module):
+    """Functions whose C++ argument parser asks what a proxy is."""
+
+    def forward(self, x):
+        y = torch.pow(x, 3.0) + torch.remainder(x, 2) + torch.float_power(x, 2).to(x.dtype)
+        return torch.relu(torch.where(x > 0, y, torch.pow(y + 1, 2)))
+
+
+def test_functions_with_number_and_tensor_overloads_trace():
+    same_forward(Overloads(), swapped(Overloads()), torch.randn(3, 4))
