@@ -5,7 +5,6 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 # One thread in each of two test processes: two threads in each is many times slower on two cores.
 ONE    := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-DATA   ?=
 
 .PHONY: demo test test-all fuzz lint results clean
 
@@ -20,6 +19,9 @@ test-all: $(READY) lint
 
 fuzz: $(READY)
 	$(ONE) SPARSETWEAKS_FUZZ=20000 $(BIN)/python -m pytest -q -n 2 tests/properties
+
+results: $(READY)
+	$(BIN)/python experiments/report.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,69 @@
+"""Put the committed results into README.md, between its markers: `make results`.
+
+python experiments/report.py            # rewrite the README
+python experiments/report.py --check    # fail if it is not what the results say
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from sparsetweaks.lottery.results import read_rows, summarise, table
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+def real_images() -> str:
+    """The table of `real_images.py`, with what it cost and on what."""
+    rows = read_rows(RESULTS / "real_images.csv")
+    first = rows[0]
+    seconds: dict[str, list[float]] = {}
+    for row in rows:
+        if float(row["sparsity"]):
+            seconds.setdefault(row["variant"], []).append(float(row["prepare_seconds"]))
+    ((_, summary),) = summarise(rows).items()
+    added = {row["variant"]: (int(row["added"]), int(row["budget"])) for row in rows if int(row["added"])}
+    cost = "; ".join(f"{name} adds {n} of {budget:,}" for name, (n, budget) in sorted(added.items()))
+    return "\n".join(
+        [
+            table(summary),
+            "",
+            f"{first['architecture']}, {int(first['train_images']):,} training images of {first['image_size']} x "
+            f"{first['image_size']} pixels and all 10,000 test images, {first['epochs']} epochs, "
+            f"{first['precision']}, torch {first['torch'].split('+')[0]}, {first['hardware']}. "
+            f"Non-zeros added by tweaks at 90 % sparsity: {cost}. Learning the layer scales took "
+            f"{sum(seconds['scales']) / len(seconds['scales']):.0f} s before the training.",
+        ]
+    )
+
+
+SECTIONS = {"real images": real_images}
+
+
+def report(text: str) -> str:
+    """The README with each section's results put in."""
+    for name, section in SECTIONS.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        if not re.search(pattern, text, flags=re.DOTALL):
+            raise SystemExit(f"README.md has no '<!-- {name} -->' ... '<!-- end -->'")
+        filled = section()
+        text = re.sub(pattern, lambda m, filled=filled: f"{m[1]}{filled}\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    new = report(text)
+    if "--check" in sys.argv[1:]:
+        if new != text:
+            raise SystemExit("README.md is not what experiments/results says: run `make results`")
+        return
+    readme.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The house: what may import what, how fast it opens, and that the README says what the results say."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "sparsetweaks"
+FLOORS = (
+    ["errors", "copying", "surgery.kinds", "surgery.scopes"],
+    ["prunable", "surgery.sites", "testing"],
+    ["masks", "surgery.activations", "surgery.skips"],
+    ["pruning", "recipe.labels"],
+    ["recipe.layer_scales"],
+    ["tweaks"],
+    ["lottery"],
+)
+ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+IMPORT_MILLISECONDS = 150  # more than `import torch` takes
+
+
+def room_of(module: str) -> str:
+    """The room of a module's dotted name below the package."""
+    return "lottery" if module.startswith(("lottery", "__main__")) else module
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def modules() -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows_point_down_and_the_core_needs_torch_alone(path):
+    here = room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    for name in imports_of(path):
+        if name.startswith("sparsetweaks."):
+            there = room_of(name.removeprefix("sparsetweaks."))
+            if there in ROOMS and there != here:
+                assert ROOMS[there] <= ROOMS[here], f"{here} imports {there}"
+                assert here != "testing" or there != "lottery"
+            assert here == "lottery" or not there.startswith(("lottery", "testing")), (
+                f"{here} imports {there}"
+            )
+        elif here not in ("lottery", "testing"):
+            assert name.split(".")[0] in {"torch", *sys.stdlib_module_names}, f"{here} imports {name}"
+
+
+def test_only_the_surgery_touches_fx():
+    users = {path.parent.name for path in modules() if "torch.fx" in str(imports_of(path))}
+    assert users <= {"surgery"}
+
+
+def test_importing_is_quick_and_brings_in_nothing_but_torch():
+    code = (
+        "import sys, time, torch; before = set(sys.modules); start = time.process_time(); import sparsetweaks; "
+        "print(1000 * (time.process_time() - start)); "
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(3)
+    ]
+    assert min(float(run.splitlines()[0]) for run in runs) < IMPORT_MILLISECONDS
+    brought = set(runs[0].splitlines()[1].split())
+    assert brought <= {"sparsetweaks", "torch", *sys.stdlib_module_names}
+
+
+def test_the_readme_says_what_the_results_say():
+    command = [sys.executable, str(ROOT / "experiments" / "report.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_in_the_readme_and_has_an_example():
+    import sparsetweaks as st
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in st.__all__:
+        value = getattr(st, name)
+        if not isinstance(value, type):
+            assert ">>>" in value.__doc__, f"{name} has no example"
+            assert "Args:" in value.__doc__, f"{name} does not say what it takes"
+    named = set(re.findall(r"`(\w+)", readme))
+    documented = {
+        "copy_model",
+        "prunable_weights",
+        "NoEffectWarning",
+        "SurgeryError",
+        "find_layer_scales",
+        "scale_layers",
+    }
+    assert set(st.__all__) - documented <= named
