@@ -5,9 +5,10 @@
 Every model is built small with random weights (constant parameters and statistics are shaken, so that no branch is
 multiplied by zero), half of its prunable weights are masked, and then:
 
-*   Every activation is swapped for the very same one, through the real rewriting path; skips of strength 0 are
-    injected; learned skips, which start at 0, are injected into the swapped model. Outputs in eval and in train mode,
-    buffers after the step and the gradients of all parameters must equal the original's bit for bit.
+*   Every activation is swapped for the very same one, through the real rewriting path, and skips of strength 0 are
+    injected into the result. Outputs in eval and in train mode, buffers after the step and the gradients of all
+    parameters must equal the original's bit for bit. Learned skips, which start at 0, likewise (gradients up to
+    rounding).
 *   Every activation is swapped to mish: outputs stay finite, and a dispatch-level count of the activations that still
     run shows any that the preview did not name.
 *   Names, values, dtypes, strides, tying and masks are kept; the given model, its modes and the random state are
@@ -41,6 +42,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import random
 import resource
 import sys
 import time
@@ -51,6 +53,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import zoo_models
 from torch import nn
@@ -153,6 +156,8 @@ def call(model: nn.Module, inputs: Callable[[torch.Generator], tuple[Any, ...]],
     generator = torch.Generator().manual_seed(0)
     arguments, keywords = inputs(generator), specimen.keywords(generator)
     torch.manual_seed(0)
+    np.random.seed(0)  # SpecAugment and LayerDrop draw from NumPy's generator
+    random.seed(0)
     return model(*arguments, **keywords)
 
 
@@ -165,7 +170,11 @@ def tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, (list, tuple)):
         return [each for item in value for each in tensors(item)]
     if dataclasses.is_dataclass(value):
-        return [each for each_field in dataclasses.fields(value) for each in tensors(getattr(value, each_field.name))]
+        return [
+            each
+            for each_field in dataclasses.fields(value)
+            for each in tensors(getattr(value, each_field.name))
+        ]
     return tensors(list(vars(value).values())) if hasattr(value, "__dict__") and not callable(value) else []
 
 
@@ -200,13 +209,18 @@ def difference(left: Any, right: Any) -> float:
 
 def largest(named: dict[str, torch.Tensor | None] | None) -> float:
     """The largest absolute value among tensors."""
-    return max((float(t.abs().max()) for t in (named or {}).values() if t is not None and t.numel()), default=0.0)
+    return max(
+        (float(t.abs().max()) for t in (named or {}).values() if t is not None and t.numel()), default=0.0
+    )
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Everything that a surgery must not change on the model it is given."""
     found: dict[str, Any] = {}
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
         found[f"tensor {name}"] = (id(tensor), checksum(tensor), tensor.requires_grad, tensor.stride())
     for name, module in model.named_modules(remove_duplicate=False):
         hooks = tuple(len(getattr(module, hook)) for hook in ("_forward_hooks", "_forward_pre_hooks"))
@@ -234,13 +248,16 @@ def kept(before: nn.Module, after: nn.Module, *, added: bool) -> str:
             return f"{group}: unexpected {extra[:3]}"
         for name, tensor in old.items():
             other = new[name]
-            facts = [(t.shape, t.dtype, t.device, t.stride(), t.requires_grad, checksum(t)) for t in (tensor, other)]
+            facts = [
+                (t.shape, t.dtype, t.device, t.stride(), t.requires_grad, checksum(t))
+                for t in (tensor, other)
+            ]
             if facts[0] != facts[1] or other is tensor:
                 return f"{group}: {name} is not what it was"
         ties = [tying({name: tensors_[name] for name in old}) for tensors_ in (old, new)]
         if ties[0] != ties[1]:
             return f"{group}: tying changed"
-    if [name for name in before.state_dict()] != [name for name in after.state_dict() if name in before.state_dict()]:
+    if list(before.state_dict()) != [name for name in after.state_dict() if name in before.state_dict()]:
         return "state_dict: names or order changed"
     return ""
 
@@ -283,7 +300,9 @@ def settings(found: s.Found) -> Same:
         return Same(found.site.kind)
     nodes = (node for case in found.trace.cases for node in case.graph.nodes if node.name == found.site.name)
     node = next(node for node in nodes if k.kind_of_node(node) is not None)
-    given = dict(zip(wanted, node.args[1:], strict=False)) | {n: v for n, v in node.kwargs.items() if n in wanted}
+    given = dict(zip(wanted, node.args[1:], strict=False)) | {
+        n: v for n, v in node.kwargs.items() if n in wanted
+    }
     return Same(found.site.kind, tuple(given.items()))
 
 
@@ -344,10 +363,11 @@ class Examination:
             return self.structure_only()
         specimen, model, reference = self.find_specimen()
         self.row |= {"parameters": sum(each.numel() for each in model.parameters()), "input": specimen.text}
-        spent = time.process_time() - started
-        train = reference.train is not None and spent * 6 < self.seconds
+        train = reference.train is not None and (time.process_time() - started) * 6 < self.seconds
         if not train:
-            self.notes.append((reference.train_error and f"train mode fails by itself: {reference.train_error}") or "eval only: slow")
+            error = reference.train_error
+            self.notes.append(f"train mode fails by itself: {error}" if error else "eval only: slow")
+            reference.train = reference.buffers = reference.gradients = None
         self.check_surgeries(model, specimen, reference, train)
         return self.verdict()
 
@@ -369,61 +389,71 @@ class Examination:
             try:
                 torch.manual_seed(0)
                 model = shake(specimen.build())
-                self.tell(f"running by itself, {specimen.text}")
-                copied = copy.deepcopy(model)
-                reference = run(copied, specimen)
+                copy.deepcopy(model)
+            except Exception as error:
+                errors.append(one_line(error))
+                continue
+            model = self.masked(model)
+            self.tell(f"running by itself, {specimen.text}")
+            try:
+                reference = run(copy.deepcopy(model), specimen)
             except Exception as error:
                 errors.append(one_line(error))
                 continue
             if reference.train is not None:
-                return specimen, self.masked(model), reference
+                return specimen, model, reference
             fallback = fallback or (specimen, model, reference)
         if fallback is None:
-            raise ModelFails(errors[-1] if errors else "no specimen")
-        return fallback[0], self.masked(fallback[1]), fallback[2]
+            raise ModelFails(
+                errors[0] if len(errors) == 1 else " | ".join(dict.fromkeys(errors[-1:] + errors))
+            )
+        return fallback
 
     def masked(self, model: nn.Module) -> nn.Module:
+        """The model with half of its prunable weights masked; a model without any stays dense."""
         try:
             model = st.prune(model, SPARSITY)
             self.row["masked"] = len(st.find_masks(model))
         except Exception as error:
-            self.notes.append(f"prune: {one_line(error)}")
+            self.notes = [f"prune: {one_line(error)}"]
             self.row["masked"] = 0
         return model
 
     # -- the checks
 
     def check_surgeries(self, model: nn.Module, specimen: Any, reference: Run, train: bool) -> None:
-        self.tell("running the masked original twice")
-        reference = run(copy.deepcopy(model), specimen, train=train)
-        own = self.compare(reference, run(copy.deepcopy(model), specimen, train=train), "itself", record=False)
+        self.tell("running a copy of the original")
+        own = self.compare(reference, run(copy.deepcopy(model), specimen, train=train), record=False)
         if any(own.values()):
             self.notes.append(f"the model differs from its own copy: {own}")
         self.measure_copy(model)
         before = fingerprint(model)
         swapped = self.surgery("swap to the same", lambda: self.swap(model), model, before, added=False)
-        both = None
         if swapped is not None:
-            both = self.surgery("inject learned after swap", lambda: self.inject(swapped), model, before)
-            self.neutral("swap to the same", swapped, specimen, reference, own, train)
-        del swapped
-        injected = self.surgery("inject 0", lambda: st.inject_skips(model, strength=0.0), model, before)
-        if injected is not None:
-            self.neutral("inject 0", injected, specimen, reference, own, train)
-        del injected
-        if both is not None:
-            self.tell("pickling")
-            again = self.round_trip(model, both)
-            self.neutral("inject learned after swap", both, specimen, reference, own, train)
+            second = lambda: st.inject_skips(swapped, strength=0.0)
+            swapped = self.surgery("inject 0 after swap", second, model, before)
+        if swapped is not None:
+            self.neutral("inject 0 after swap", swapped, specimen, reference, own, train)
+            swapped = None
+        learned = self.surgery("inject learned", lambda: self.inject(model), model, before)
+        if learned is not None:
+            again = self.round_trip(model, learned)
+            self.neutral("inject learned", learned, specimen, reference, own, train)
             if again is not None:
                 self.neutral("pickled", again, specimen, reference, own, False)
-        del both
+            learned = again = None
         mish = self.surgery("swap to mish", lambda: self.to_mish(model), model, before, added=False)
         if mish is not None:
             self.look_for_missed(mish, specimen, reference)
 
     def surgery(
-        self, what: str, operate: Callable[[], nn.Module], model: nn.Module, before: dict, *, added: bool = True
+        self,
+        what: str,
+        operate: Callable[[], nn.Module],
+        model: nn.Module,
+        before: dict,
+        *,
+        added: bool = True,
     ) -> nn.Module | None:
         """Operate, and check everything that does not need a run."""
         self.tell(what)
@@ -438,7 +468,9 @@ class Examination:
             self.wrong.append(f"{what}: draws from the global generator")
         after = fingerprint(model)
         if after != before:
-            changed = [name for name in before if after.get(name) != before[name]] or [*(after.keys() - before.keys())]
+            changed = [name for name in before if after.get(name) != before[name]] or [
+                *(after.keys() - before.keys())
+            ]
             self.wrong.append(f"{what}: the given model changed: {changed[0]}")
         trouble = kept(model, result, added=added)
         if trouble:
@@ -492,7 +524,9 @@ class Examination:
     def measure_copy(self, model: nn.Module) -> None:
         _, self.row["cpu_seconds_copy"], _ = measured(lambda: copy.deepcopy(model), model)
 
-    def neutral(self, what: str, result: nn.Module, specimen: Any, reference: Run, own: dict, train: bool) -> None:
+    def neutral(
+        self, what: str, result: nn.Module, specimen: Any, reference: Run, own: dict, train: bool
+    ) -> None:
         """At its neutral setting a surgery changes nothing, bit for bit."""
         self.tell(f"running after {what}")
         try:
@@ -504,14 +538,16 @@ class Examination:
         if outcome.train_error:
             self.wrong.append(f"{what}: train run raises {outcome.train_error}")
             return
-        for kind, value in self.compare(reference, outcome, what).items():
+        for kind, value in self.compare(reference, outcome).items():
             if value <= 10 * own[kind]:
                 continue
             text = f"{what}: {kind} differs by {value:.3g}"
-            rounding = kind == "gradient" and "learned" in what and value <= ROUNDING * largest(reference.gradients)
+            rounding = (
+                kind == "gradient" and "learned" in what and value <= ROUNDING * largest(reference.gradients)
+            )
             (self.notes if rounding else self.wrong).append(f"{text} (rounding)" if rounding else text)
 
-    def compare(self, reference: Run, outcome: Run, what: str, *, record: bool = True) -> dict[str, float]:
+    def compare(self, reference: Run, outcome: Run, *, record: bool = True) -> dict[str, float]:
         found = {"eval": difference(reference.eval, outcome.eval)}
         if outcome.train is not None:
             found["train"] = max(
@@ -526,6 +562,7 @@ class Examination:
 
     def round_trip(self, model: nn.Module, result: nn.Module) -> nn.Module | None:
         """Through pickle, into classes made anew from the stored source."""
+        self.tell("pickling")
         try:
             pickle.loads(pickle.dumps(model))
         except Exception as error:
@@ -568,10 +605,9 @@ class Examination:
         before = fingerprint(model)
         self.measure_copy(model)
         swapped = self.surgery("swap to the same", lambda: self.swap(model), model, before, added=False)
-        self.surgery("inject 0", lambda: st.inject_skips(model, strength=0.0), model, before)
         if swapped is not None:
-            self.surgery("inject learned after swap", lambda: self.inject(swapped), model, before)
-        del swapped
+            self.surgery("inject 0 after swap", lambda: st.inject_skips(swapped, strength=0.0), model, before)
+        self.surgery("inject learned", lambda: self.inject(model), model, before)
         self.surgery("swap to mish", lambda: self.to_mish(model), model, before, added=False)
         verdict = self.verdict()
         return verdict if verdict in ("wrong", "exception") else "structure only"
@@ -601,7 +637,10 @@ def shake(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            if isinstance(parameter, nn.parameter.UninitializedTensorMixin) or not parameter.is_floating_point():
+            if (
+                isinstance(parameter, nn.parameter.UninitializedTensorMixin)
+                or not parameter.is_floating_point()
+            ):
                 continue
             if parameter.numel() and parameter.min() == parameter.max():
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
@@ -676,7 +715,9 @@ def examine_apart(family: str, name: str, seconds: float) -> dict[str, Any]:
         late = time.monotonic() >= deadline
         process.kill()
         process.join()
-        status, what = ("timeout", f"after {seconds:g} s") if late else ("crash", f"exit code {process.exitcode}")
+        status, what = (
+            ("timeout", f"after {seconds:g} s") if late else ("crash", f"exit code {process.exitcode}")
+        )
         row = {"family": family, "model": name, "status": status, "note": f"{what}, while {step}"}
     process.join()
     return row
@@ -693,7 +734,9 @@ def _child(family: str, name: str, seconds: float, sender: Any) -> None:
         except Exception as error:  # the sweep's own fault, or memory: still a row, never an end
             traceback.print_exc()
             status = "model fails" if "memory" in str(error).lower() else "exception"
-            sender.send({"family": family, "model": name, "status": status, "note": f"sweep: {one_line(error)}"})
+            sender.send(
+                {"family": family, "model": name, "status": status, "note": f"sweep: {one_line(error)}"}
+            )
 
 
 def read(path: Path) -> dict[tuple[str, str], dict[str, str]]:
@@ -714,15 +757,22 @@ def write(path: Path, rows: Iterator[dict[str, Any]] | Any) -> None:
     os.replace(temporary, path)
 
 
-def sweep(families: list[str], pattern: str, path: Path, seconds: float, limit: float, again: set[str]) -> None:
+def sweep(
+    families: list[str], pattern: str, path: Path, seconds: float, limit: float, again: set[str]
+) -> None:
     """Examine each model without a current row, writing as it goes."""
     started = time.monotonic()
     rows, current = read(path), engine()
     for family in families:
+        zoo_models.preload(family)
         library = zoo_models.library(family)
         for name in zoo_models.names(family):
             old = rows.get((family, name), {})
-            fresh = (old.get("engine"), old.get("torch"), old.get("library")) == (current, torch.__version__, library)
+            fresh = (old.get("engine"), old.get("torch"), old.get("library")) == (
+                current,
+                torch.__version__,
+                library,
+            )
             if not fnmatch.fnmatchcase(name, pattern) or (fresh and old.get("status") not in again):
                 continue
             if time.monotonic() - started > limit:
@@ -740,19 +790,24 @@ def totals(rows: dict[Any, dict[str, Any]]) -> str:
     for (family, _), row in rows.items():
         counts.setdefault(family, collections.Counter())[row["status"]] += 1
     return "\n".join(
-        f"{family}: {sum(count.values())} models, " + ", ".join(f"{n} {status}" for status, n in count.most_common())
+        f"{family}: {sum(count.values())} models, "
+        + ", ".join(f"{n} {status}" for status, n in count.most_common())
         for family, count in sorted(counts.items())
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--family", action="append", choices=zoo_models.FAMILIES, help="default: all")
     parser.add_argument("--filter", default="*", help="glob pattern on the model's name")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "zoo.csv")
     parser.add_argument("--seconds", type=float, default=180.0, help="CPU seconds per model")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for the whole sweep")
-    parser.add_argument("--again", action="append", default=[], help="remake current rows of this status, too")
+    parser.add_argument(
+        "--again", action="append", default=[], help="remake current rows of this status, too"
+    )
     options = parser.parse_args()
     sys.setrecursionlimit(10_000)
     torch.set_num_threads(1)

@@ -6,16 +6,22 @@ ever downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import importlib
+import inspect
 import itertools
+import os
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # weights are never downloaded, whatever a builder would like
 
 CLASSES = 5
 """Outputs of every classifier: fewer than ImageNet's, so that the head is not most of a small model."""
@@ -43,7 +49,6 @@ class Specimen:
     text: str
     keywords: Callable[[torch.Generator], dict[str, Any]] = lambda generator: {}
     training: Callable[[torch.Generator], tuple[Any, ...]] | None = None
-    probe: Callable[[], nn.Module] | None = field(default=None)
 
 
 def names(family: str) -> list[str]:
@@ -71,6 +76,12 @@ def library(family: str) -> str:
     if family == "homemade":
         return "homemade"
     return f"{family} {importlib.import_module(family).__version__}"
+
+
+def preload(family: str) -> None:
+    """Import what the builders need, once, before the sweep forks."""
+    with contextlib.suppress(Exception), torch.device("meta"):
+        next(specimens(family, names(family)[0])).build()
 
 
 def _images(*shape: int) -> Callable[[torch.Generator], tuple[torch.Tensor, ...]]:
@@ -106,20 +117,28 @@ def _torchvision_specimens(name: str) -> Iterator[Specimen]:
     if _like(name, _DETECTORS):
         yield from _detectors(name)
     elif name.startswith("raft"):
-        yield _torchvision(name, {}, _pairs(128), "2 pairs of 128x128", lambda generator: {"num_flow_updates": 2})
+        yield _torchvision(
+            name, {}, _pairs(128), "2 pairs of 128x128", lambda generator: {"num_flow_updates": 2}
+        )
     elif _like(name, _VIDEO):
         for options, frames, size in (({}, 8, 64), ({}, 16, 112), ({}, 16, 224)):
             if name.startswith("mvit"):
                 options = {"spatial_size": (size, size), "temporal_size": frames}
-            yield _torchvision(name, options, _images(2, 3, frames, size, size), f"2x3x{frames}x{size}x{size}")
+            yield _torchvision(
+                name, options, _images(2, 3, frames, size, size), f"2x3x{frames}x{size}x{size}"
+            )
     else:
         for size in (64, 96, 128, 224, 299):
-            options = {"image_size": size // 14 * 14 if "_14" in name else size} if name.startswith("vit_") else {}
+            options = (
+                {"image_size": size // 14 * 14 if "_14" in name else size} if name.startswith("vit_") else {}
+            )
             size = options.get("image_size", size)
             yield _torchvision(name, options, _images(2, 3, size, size), f"2x3x{size}x{size}")
 
 
-def _torchvision(name: str, options: dict[str, Any], inputs: Any, text: str, keywords: Any = None) -> Specimen:
+def _torchvision(
+    name: str, options: dict[str, Any], inputs: Any, text: str, keywords: Any = None
+) -> Specimen:
     from torchvision import models
 
     options = {"weights": None, **options}
@@ -138,7 +157,9 @@ def _torchvision(name: str, options: dict[str, Any], inputs: Any, text: str, key
 
 
 def _pairs(size: int) -> Callable[[torch.Generator], tuple[torch.Tensor, ...]]:
-    return lambda generator: tuple(torch.rand(2, 3, size, size, generator=generator) * 2 - 1 for _ in range(2))
+    return lambda generator: tuple(
+        torch.rand(2, 3, size, size, generator=generator) * 2 - 1 for _ in range(2)
+    )
 
 
 def _detectors(name: str) -> Iterator[Specimen]:
@@ -185,14 +206,44 @@ def _timm_names() -> list[str]:
     return [name for name in first + sorted(rest, key=_timm_rank) if name in listed]
 
 
-_RANKS = ("test_", "atto", "femto", "pico", "nano", "xx", "tiny", "_t", "mini", "micro", "_s", "small", "18", "b0")
-_LARGE = ("giant", "gigantic", "enormous", "huge", "so400m", "so150m", "7b", "xlarge", "xxl", "large", "_l_", "_h_")
+_RANKS = [
+    "test_",
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "xx",
+    "tiny",
+    "_t",
+    "mini",
+    "micro",
+    "_s",
+    "small",
+    "18",
+    "b0",
+]
+_LARGE = [
+    "giant",
+    "gigantic",
+    "enormous",
+    "huge",
+    "so400m",
+    "so150m",
+    "7b",
+    "xlarge",
+    "xxl",
+    "large",
+    "_l_",
+    "_h_",
+]
 
 
 def _timm_rank(name: str) -> tuple[int, str]:
     if any(each in name for each in _LARGE):
         return (len(_RANKS) + 1, name)
-    ranks = (rank for rank, each in enumerate(_RANKS) if (name.startswith(each) if rank == 0 else each in name))
+    ranks = (
+        rank for rank, each in enumerate(_RANKS) if (name.startswith(each) if rank == 0 else each in name)
+    )
     return (next(ranks, len(_RANKS)), name)
 
 
@@ -204,7 +255,9 @@ def _timm_specimens(name: str) -> Iterator[Specimen]:
     channels = config.input_size[0] if config is not None else 3
     smallest = max(config.min_input_size[1:]) if config is not None and config.min_input_size else 64
     fixed = bool(config is not None and config.fixed_input_size)
-    sizes = sorted({size for size in (64, 96, 128, 160, 192, 224, 256) if smallest <= size < default} | {default})
+    sizes = sorted(
+        {size for size in (64, 96, 128, 160, 192, 224, 256) if smallest <= size < default} | {default}
+    )
     drops = {"drop_rate": DROP, "drop_path_rate": DROP}
     for size in sizes:
         # an attempt with the size told to the builder, where it must know it; the default size needs no telling
@@ -217,21 +270,178 @@ def _timm_specimens(name: str) -> Iterator[Specimen]:
 
 # ------------------------------------------------------------------------------------------------- transformers
 
+_FIRST = (
+    "resnet convnext convnextv2 vit deit swin swinv2 regnet mobilenet_v1 mobilenet_v2 segformer beit dinov2 efficientnet "
+    "bit poolformer pvt pvt_v2 cvt levit mobilevit mobilevitv2 focalnet hiera data2vec-vision vit_mae dpt glpn detr "
+    "yolos bert roberta distilbert albert electra deberta deberta-v2 xlnet mpnet funnel convbert squeezebert "
+    "mobilebert fnet longformer big_bird roformer xlm-roberta modernbert gpt2 gpt_neo gpt_neox gptj opt bloom codegen "
+    "llama mistral mixtral qwen2 qwen3 gemma gemma2 phi phi3 falcon mpt stablelm mamba rwkv t5 mt5 bart mbart pegasus "
+    "blenderbot m2m_100 marian led longt5 switch_transformers prophetnet whisper wav2vec2 hubert wavlm sew unispeech "
+    "data2vec-audio speech_to_text audio-spectrogram-transformer clip siglip blip vilt chinese_clip align"
+)
+"""The families that most people use, in front of all others."""
+
+_LAYERS = re.compile(
+    r"(^|_)(n_layers?|num_layers|num_\w+_layers|\w*_layers|layers|depth|num_blocks|n_blocks)$"
+)
+_WIDTHS = re.compile(
+    r"(size|dim|dims|d_model|d_ff|d_kv|d_inner|n_embd|n_inner|channels|filters|features|rank|planes)$"
+)
+_NOT_WIDTHS = re.compile(
+    r"(image|patch|vocab|window|kernel|crop|chunk|block|batch|kv_heads|num_channels|stride|max_)"
+)
+
 
 def _transformers_names() -> list[str]:
-    return []
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    first = [name for name in _FIRST.split() if name in MODEL_MAPPING_NAMES]
+    return first + [name for name in MODEL_MAPPING_NAMES if name not in first]
 
 
 def _transformers_specimens(name: str) -> Iterator[Specimen]:
-    raise KeyError(name)
+    """Narrow and shallow first, then wider; each called with every recipe of inputs that its forward may take."""
+    import transformers
+
+    for factor, size in ((8, 64), (4, 64), (2, 64), (1, 64), (8, None), (1, None)):
+        config = transformers.AutoConfig.for_model(name)
+        _shrink(config, factor, size)
+        build = functools.partial(transformers.AutoModel.from_config, config)
+        cls = transformers.MODEL_MAPPING[type(config)]
+        takes = set(inspect.signature((cls[0] if isinstance(cls, tuple) else cls).forward).parameters)
+        for recipe in _recipes(config, takes):
+            text = ", ".join(f"{key} {'x'.join(map(str, shape))}" for key, shape in recipe.items())
+            keywords = functools.partial(
+                _hugging_inputs, recipe=recipe, vocabulary=_first_of(config, ("vocab_size",), 200)
+            )
+            yield Specimen(build, lambda generator: (), f"widths/{factor}: {text}", keywords)
+
+
+def _shrink(config: Any, factor: int, size: int | None) -> None:
+    """Two layers everywhere, widths divided, small pictures and vocabularies; nested configurations as well."""
+    from transformers import PretrainedConfig
+
+    for key, value in list(vars(config).items()):
+        small = value
+        if isinstance(value, PretrainedConfig):
+            _shrink(value, factor, size)
+        elif key.endswith("token_id") and isinstance(value, int) and value > 199:
+            small = 199
+        elif key == "image_size" and size is not None and isinstance(value, (int, list, tuple)):
+            small = size if isinstance(value, int) else type(value)(size for _ in value)
+        elif key == "layer_types" and isinstance(value, list):
+            small = value[:2]
+        elif key in ("depths", "layers_per_stage", "num_blocks_per_stage") and isinstance(
+            value, (list, tuple)
+        ):
+            small = type(value)(min(2, each) if isinstance(each, int) else each for each in value)
+        elif isinstance(value, (list, tuple)) and _WIDTHS.search(key.rstrip("s")):
+            small = type(value)(_narrow(key, each, factor) for each in value)
+        elif type(value) is int:
+            small = min(2, value) if _LAYERS.search(key) else _narrow(key, value, factor)
+        if small is not value:
+            with contextlib.suppress(AttributeError, NotImplementedError, ValueError, TypeError):
+                setattr(config, key, small)
+
+
+def _narrow(key: str, value: Any, factor: int) -> Any:
+    if type(value) is not int:
+        return value
+    if key == "vocab_size":
+        return min(value, 200)
+    if "expert" in key and "num" in key:
+        return min(value, 4)
+    wide = _WIDTHS.search(key.rstrip("s")) and not _NOT_WIDTHS.search(key)
+    return value // factor if wide and value % factor == 0 and value // factor >= 4 else value
+
+
+def _first_of(config: Any, keys: tuple[str, ...], default: int) -> int:
+    """The first of these settings, here or in a nested configuration."""
+    from transformers import PretrainedConfig
+
+    nested = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    for each in (config, *nested):
+        for key in keys:
+            value = getattr(each, key, None)
+            if isinstance(value, (list, tuple)) and value:
+                value = value[0]
+            if isinstance(value, int) and value > 0:
+                return value
+    return default
+
+
+def _recipes(config: Any, takes: set[str]) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Shapes of inputs by name; several guesses, the first that runs is taken."""
+    size = _first_of(config, ("image_size", "img_size"), 64)
+    channels = _first_of(config, ("num_channels", "in_channels", "in_chans"), 3)
+    mels = _first_of(config, ("num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels"), 80)
+    frames = 2 * _first_of(config, ("max_source_positions",), 50)
+    decoder = (
+        {"decoder_input_ids": (2, 6)} if "decoder_input_ids" in takes and config.is_encoder_decoder else {}
+    )
+    text = {"input_ids": (2, 8)} if "input_ids" in takes else {}
+    pictures: list[dict[str, tuple[int, ...]]] = []
+    if "pixel_values" in takes:
+        sizes = dict.fromkeys((size, 64, 128, 224))
+        pictures = [{"pixel_values": (2, channels, each, each)} for each in sizes]
+        pictures += [{"pixel_values": (2, _first_of(config, ("num_frames",), 8), channels, size, size)}]
+    for picture in pictures:
+        yield {**picture, **decoder}
+        if text:
+            yield {**picture, **text, **decoder}
+    if text:
+        yield {**text, **decoder}
+        yield {"input_ids": (2, 128), **decoder}
+    if "input_values" in takes:
+        for shape in (
+            (2, 4000),
+            (2, 1, 4000),
+            (2, _first_of(config, ("max_length",), 1024), mels),
+            (2, 16000),
+        ):
+            yield {"input_values": shape, **decoder}
+    if "input_features" in takes:
+        for shape in ((2, mels, frames), (2, frames, mels), (2, 64, mels), (2, mels, 3000)):
+            yield {"input_features": shape, **decoder}
+    if "pixel_values_videos" in takes:
+        yield {
+            "pixel_values_videos": (
+                2,
+                _first_of(config, ("num_frames", "frames_per_clip"), 8),
+                channels,
+                size,
+                size,
+            )
+        }
+    if "past_values" in takes:
+        length = _first_of(config, ("context_length",), 32)
+        yield {"past_values": (2, length, _first_of(config, ("num_input_channels",), 1))}
+        yield {"past_values": (2, length)}
+    if "inputs_embeds" in takes and not text:
+        yield {"inputs_embeds": (2, 8, _first_of(config, ("hidden_size", "d_model"), 64))}
+    if "hidden_states" in takes:
+        yield {"hidden_states": (2, 8, _first_of(config, ("hidden_size", "d_model"), 64))}
+
+
+def _hugging_inputs(generator: torch.Generator, *, recipe: dict[str, Any], vocabulary: int) -> dict[str, Any]:
+    return {
+        key: torch.randint(5, vocabulary - 5, shape, generator=generator)
+        if key.endswith("_ids")
+        else torch.randn(shape, generator=generator)
+        for key, shape in recipe.items()
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- homemade
 
 
 def _homemade_names() -> list[str]:
-    return []
+    import zoo_homemade
+
+    return list(zoo_homemade.HAZARDS)
 
 
 def _homemade_specimens(name: str) -> Iterator[Specimen]:
-    raise KeyError(name)
+    import zoo_homemade
+
+    yield zoo_homemade.HAZARDS[name]()
