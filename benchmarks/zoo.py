@@ -765,6 +765,7 @@ def sweep(
     rows, current = read(path), engine()
     for family in families:
         zoo_models.preload(family)
+        gc.freeze()  # a forked child need not look through the imported libraries
         library = zoo_models.library(family)
         for name in zoo_models.names(family):
             old = rows.get((family, name), {})

@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparsetweaks"
 FLOORS = (
-    ["errors", "copying", "surgery.kinds", "surgery.scopes"],
+    ["errors", "copying", "surgery.kinds", "surgery.programs"],
+    ["surgery.tracing"],
+    ["surgery.scopes"],
     ["prunable", "surgery.sites", "testing"],
     ["masks", "surgery.activations", "surgery.skips"],
     ["pruning", "recipe.labels"],

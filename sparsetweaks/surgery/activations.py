@@ -16,7 +16,8 @@ from sparsetweaks.copying import Model, copy_model
 from sparsetweaks.errors import NoEffectWarning, SurgeryError
 from sparsetweaks.surgery import kinds as k
 from sparsetweaks.surgery import sites as s
-from sparsetweaks.surgery.scopes import Scopes, rewrite
+from sparsetweaks.surgery.programs import rewrite
+from sparsetweaks.surgery.scopes import Scopes
 
 Activation = str | nn.Module | Callable[..., Any]
 

@@ -16,7 +16,8 @@ import torch
 from torch import fx, nn
 
 from sparsetweaks.surgery import kinds as k
-from sparsetweaks.surgery.scopes import LOOPS, SLICES, Scopes, Trace, Untraceable, is_scope
+from sparsetweaks.surgery.programs import Trace, Untraceable
+from sparsetweaks.surgery.scopes import LOOPS, SLICES, Scopes, is_scope
 
 Where = Callable[["Site"], bool] | str | Sequence[str] | None
 """Which sites: all (None), a glob pattern or several on `Site.path`, or a predicate on the `Site`."""
@@ -169,7 +170,7 @@ def activation_sites(model: nn.Module, kinds: Sequence[str], scopes: Scopes) -> 
     found: list[Found] = []
     observed: set[int] = set()
     overwritten: set[int] = set()
-    called: set[int] = set()
+    reached: set[int] = set()
     opaque: set[int] = set()  # activation modules whose callers cannot be read
     for scope, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -195,10 +196,10 @@ def activation_sites(model: nn.Module, kinds: Sequence[str], scopes: Scopes) -> 
         for case in trace.cases:
             for node in case.graph.nodes:
                 if node.op == "call_module":
-                    child = module.get_submodule(str(node.target))
+                    child = called(node, module)
                     if k.kind_of_module(child) is None:
                         continue
-                    called.add(id(child))
+                    reached.add(id(child))
                     if getattr(child, "inplace", False) and is_observed(node, module):
                         observed.add(id(child))
                     if is_overwritten(node, module):
@@ -206,7 +207,7 @@ def activation_sites(model: nn.Module, kinds: Sequence[str], scopes: Scopes) -> 
     for each in found:
         if each.site.form == "module":
             key = id(each.module)
-            each.observed = key in observed or key in opaque or key not in called
+            each.observed = key in observed or key in opaque or key not in reached
             each.overwritten = key in overwritten
     return found
 
@@ -281,7 +282,7 @@ def is_observed(node: fx.Node, module: nn.Module) -> bool:
         if any(order[user] > order[node] for user in value.users):
             return True
         if value.op == "call_module":
-            origin = module.get_submodule(str(value.target))
+            origin = called(value, module)
             if isinstance(origin, _FRESH_MODULES):
                 return False
             if not getattr(type(origin), "added_by_tweak", False):
@@ -314,10 +315,15 @@ def _overwrites(user: fx.Node, value: fx.Node, module: nn.Module) -> bool:
     return mutates(user, module) and first_input(user) is value
 
 
+def called(node: fx.Node, module: nn.Module) -> nn.Module:
+    """The child that a `call_module` node of the module's graph calls."""
+    return module.get_submodule(str(node.target))
+
+
 def mutates(node: fx.Node, module: nn.Module) -> bool:
     """Whether a call overwrites its first input, as far as its form tells."""
     if node.op == "call_module":
-        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+        return bool(getattr(called(node, module), "inplace", False))
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     if node.op == "call_function":
@@ -415,7 +421,7 @@ def skip_sites(model: nn.Module, scopes: Scopes) -> list[Found]:
         units: dict[str, Found] = {}
         for case in trace.cases:
             for unit in units_in(case.graph, module):
-                conv = module.get_submodule(str(unit.conv.target))
+                conv = called(unit.conv, module)
                 left = bypassed.get(id(module), unit.left)
                 site = Site(scope, str(unit.conv.target), _conv_kind(conv), "unit", left=left)
                 units.setdefault(site.name, Found(site, module, trace))
@@ -442,9 +448,9 @@ def units_in(graph: fx.Graph, module: nn.Module) -> Iterator[Unit]:
     nodes = list(graph.nodes)
     order = {node: position for position, node in enumerate(nodes)}
     for node in nodes:
-        if node.op != "call_module" or not _is_conv(module.get_submodule(str(node.target))):
+        if node.op != "call_module" or not _is_conv(called(node, module)):
             continue
-        conv = module.get_submodule(str(node.target))
+        conv = called(node, module)
         if len(node.users) != 1 or first_input(node) is None:
             continue
         follower = next(iter(node.users))
@@ -464,7 +470,7 @@ def _why_not_here(
     source = first_input(conv)
     assert source is not None
     if output is not conv:
-        norm = module.get_submodule(str(output.target))
+        norm = called(output, module)
         if any(not isinstance(child, nn.Identity) for child in norm.children()):
             return "its normalisation applies an activation itself"
         between = nodes[order[conv] + 1 : order[output]]
@@ -472,8 +478,8 @@ def _why_not_here(
             return "a tensor is overwritten between its convolution and its normalisation"
     for user in output.users:
         if user.op == "call_module":
-            called = module.get_submodule(str(user.target))
-            if getattr(type(called), "added_by_tweak", False):
+            skip = called(user, module)
+            if getattr(type(skip), "added_by_tweak", False):
                 return "it already has a skip"
         if _is_add(user):
             operands = [_through_identity(each, module) for each in user.args if isinstance(each, fx.Node)]
@@ -483,7 +489,7 @@ def _why_not_here(
 
 
 def _through_identity(node: fx.Node, module: nn.Module) -> fx.Node:
-    while node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity:
+    while node.op == "call_module" and type(called(node, module)) is nn.Identity:
         inner = first_input(node)
         if inner is None:
             break
@@ -504,13 +510,13 @@ def _is_conv(module: nn.Module) -> bool:
 def _is_norm_call(node: fx.Node, module: nn.Module) -> bool:
     if node.op != "call_module" or len(node.args) != 1:
         return False
-    norm = module.get_submodule(str(node.target))
+    norm = called(node, module)
     return isinstance(norm, _NORMS) or type(norm).__name__.rstrip("123d").endswith("Norm")
 
 
 def _is_activation_call(node: fx.Node, module: nn.Module) -> bool:
     if node.op == "call_module":
-        return k.kind_of_module(module.get_submodule(str(node.target))) is not None
+        return k.kind_of_module(called(node, module)) is not None
     return k.kind_of_node(node) is not None
 
 

@@ -12,7 +12,8 @@ from torch import fx, nn
 from sparsetweaks.copying import Model, copy_model
 from sparsetweaks.errors import NoEffectWarning
 from sparsetweaks.surgery import sites as s
-from sparsetweaks.surgery.scopes import Scopes, rewrite
+from sparsetweaks.surgery.programs import rewrite
+from sparsetweaks.surgery.scopes import Scopes
 
 SHORTCUTS = ("pad", "projection", "project-all", "none")
 PROJECTION_INIT = 1e-4
