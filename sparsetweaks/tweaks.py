@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -13,28 +13,26 @@ from sparsetweaks.recipe.layer_scales import learn_layer_scales
 from sparsetweaks.surgery.activations import Activation, swap_activations
 from sparsetweaks.surgery.skips import inject_skips
 
-Model = TypeVar("Model", bound=nn.Module)
-
 SMOOTHING = 0.1
 """The paper's smooth ratio (authors' code; Szegedy et al. 2016)."""
 
 
-class Tweaked(NamedTuple, Generic[Model]):
+class Tweaked(NamedTuple):
     """A tweaked model and the loss to train it with."""
 
-    model: Model
+    model: nn.Module
     loss: nn.Module
 
 
 def tweak(
-    model: Model,
+    model: nn.Module,
     batch: tuple[Any, Any] | Iterable[tuple[Any, Any]] | None = None,
     *,
     skips: bool | Mapping[str, Any] = True,
     activation: Activation | None = "swish",
     scales: bool | Mapping[str, Any] = True,
     smoothing: float = SMOOTHING,
-) -> Tweaked[Model]:
+) -> Tweaked:
     """Apply the architecture tweaks (AT) and the training-recipe tweaks (TRT) to a ticket (paper, section 3).
 
     The order is skips, activations, layer scales, loss. The scales come last because they are learned for the very

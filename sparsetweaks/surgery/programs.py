@@ -253,10 +253,13 @@ def _revive(original: Any, source: str, frozen: tuple[str, ...]) -> nn.Module:
 def _rewritten_class(original: type[nn.Module], source: str, frozen: tuple[str, ...]) -> Any:
     name = f"<{original.__name__} rewritten by sparsetweaks {abs(hash(source)):x}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    scope: dict[str, Any] = {"__name__": original.__module__}
+    scope: dict[
+        str, Any
+    ] = {}  # without a `__name__`, by which torch.compile would look for these globals elsewhere
     exec(compile(source, name, "exec"), scope)
     forward, model = scope["forward"], inspect.unwrap(original.forward)  # type: ignore[arg-type]
     forward.__defaults__, forward.__kwdefaults__ = model.__defaults__, model.__kwdefaults__
+    forward.__module__ = original.__module__
     forward.__doc__, forward.__annotations__ = model.__doc__, dict(model.__annotations__)
     members = {
         "forward": forward,
