@@ -18,7 +18,7 @@ import inspect
 import itertools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +32,7 @@ MAX_CASES = 32
 BASE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """What every module has; everything else in a module's `__dict__` is its own."""
 
+_LIST_FUNCTIONS = ("cat", "concat", "stack")
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 _GLOBAL_MODES = frozenset(
     ["is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"]
@@ -319,6 +320,8 @@ class _Tracer(fx.Tracer):
 def _watched(tracer: _Tracer) -> Iterator[None]:
     """Answer the model's own `isinstance` of symbolic values as the case says, and refuse saved-tensor hooks.
 
+    Also record functions of a list of tensors, which older versions of torch refuse to do if the list is an input.
+
     The answer cannot come from a `__class__` of the proxy: torch's argument parser would believe it, and read a
     tensor that is not there. Activation checkpointing works by saved-tensor hooks, which a trace would leave out.
     """
@@ -338,11 +341,24 @@ def _watched(tracer: _Tracer) -> Iterator[None]:
             "its forward saves memory for the backward pass by checkpointing or hooks on saved tensors"
         )
 
+    def recording(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            if type(tensors) is _Proxy:
+                return tracer.create_proxy("call_function", function, (tensors, *args), kwargs)
+            return function(tensors, *args, **kwargs)
+
+        return call
+
+    originals = {name: getattr(torch, name) for name in _LIST_FUNCTIONS}
+    for name, function in originals.items():
+        setattr(torch, name, recording(function))
     builtins.isinstance = answer  # type: ignore[assignment]
     hooks.__enter__ = refuse  # type: ignore[method-assign]
     try:
         yield
     finally:
+        for name, function in originals.items():
+            setattr(torch, name, function)
         builtins.isinstance = is_instance
         hooks.__enter__ = enter  # type: ignore[method-assign]
 

@@ -102,16 +102,6 @@ class TensorOrList(nn.Module):
         return torch.relu(torch.cat(x, 1))
 
 
-def traces_cat_of_a_list() -> bool:
-    """Whether this torch lets `torch.fx` trace `torch.cat` of a list that is an input; older ones refuse."""
-    try:
-        fx.symbolic_trace(lambda tensors: torch.cat(tensors, 1))
-    except TypeError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not traces_cat_of_a_list(), reason="this torch cannot trace torch.cat of an input")
 def test_a_forward_may_ask_whether_its_input_is_a_tensor():
     model, x = TensorOrList(), torch.randn(2, 3)
     same_forward(model, swapped(model), x)
