@@ -784,7 +784,7 @@ def test_bad_batches(batch, message):
         ({"loss": lambda output, _: 3.0}, "scalar"),
         ({"loss": lambda output, _: output.sum().detach()}, "does not depend"),
     ],
-    ids=str,
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else value,
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
