@@ -7,6 +7,8 @@ again, it goes on where it was.
 
     python experiments/real_images.py IMAGES --out runs/real --threads 1
 
+`--grid shortcuts` compares instead the kinds of skips, whose default this decides.
+
 Several processes share the grid by its seeds, `--seeds 0` and `--seeds 1 2`, with the same `--out`.
 """
 
@@ -35,10 +37,28 @@ SPARSITIES = (0.95, 0.9)
 SEEDS = (0, 1, 2)
 NAMES = ("vanilla", "skips", "swish", "scales", "smoothing", "AT+TRT")
 
+SKIPS = {
+    "learned, pad": Tweaks(skips={"strength": "learned", "shortcut": "pad"}),
+    "learned, none": Tweaks(skips={"strength": "learned", "shortcut": "none"}),
+    "learned, projection": Tweaks(skips={"strength": "learned", "shortcut": "projection"}),
+    "1, pad": Tweaks(skips={"strength": 1.0, "shortcut": "pad"}),
+    "1, pad, norm": Tweaks(skips={"strength": 1.0, "shortcut": "pad", "norm": True}),
+}
+"""Skips by strength, shortcut and norm, each at the same number of non-zeros.
 
-def grid(seeds: Sequence[int]) -> list[tuple[int, float, str]]:
-    """Each seed's dense network, then every variant at the higher sparsity, then at the lower one."""
-    cells = [(0.0, "vanilla"), *itertools.product(SPARSITIES, NAMES)]
+The authors' own kind, "project-all", is not among them: it adds more dense weights than survive at 90 % sparsity.
+"""
+GRIDS = {
+    "tweaks": ("real_images.csv", SPARSITIES, {name: VARIANTS[name] for name in NAMES}),
+    "shortcuts": ("shortcuts.csv", (0.9,), {"vanilla": VARIANTS["vanilla"], **SKIPS}),
+}
+
+
+def grid(
+    seeds: Sequence[int], sparsities: Sequence[float], names: Sequence[str]
+) -> list[tuple[int, float, str]]:
+    """Each seed's dense network, then every variant at the first sparsity, then at the next."""
+    cells = [(0.0, "vanilla"), *itertools.product(sparsities, names)]
     return [(seed, sparsity, name) for seed in seeds for sparsity, name in cells]
 
 
@@ -49,23 +69,26 @@ def main() -> None:
     parser.add_argument("images", type=Path, help="folder with train/<class>/ and test/<class>/")
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--grid", choices=GRIDS, default="tweaks")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     data = load(arguments.images, size=SIZE, limit=LIMIT, cache=arguments.out / "cache").to(arguments.device)
 
-    cells = grid(arguments.seeds)
+    file, sparsities, variants = GRIDS[arguments.grid]
+    cells = grid(arguments.seeds, sparsities, list(variants))
     for number, cell in enumerate(cells):
         print(f"[{number + 1}/{len(cells)}]", end=" ")
-        run(data, *cell, arguments.out)
+        run(data, *cell, variants, arguments.out, arguments.out / file)
 
 
-def run(data: Data, seed: int, sparsity: float, name: str, out: Path) -> None:
+def run(
+    data: Data, seed: int, sparsity: float, name: str, variants: dict[str, Tweaks], out: Path, rows: Path
+) -> None:
     """One cell of the grid, unless its row is there."""
     ticket = _ticket(data, seed, sparsity, out)
-    tweaks: Tweaks = VARIANTS[name]
-    rows = out / "real_images.csv"
+    tweaks = variants[name]
     done = {(each["run"], each["variant"]) for each in read_rows(rows)}
     if (run_key(ticket, tweaks, RECIPE, seed=seed), name) in done:
         return
