@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparsetweaks"
 FLOORS = (
     ["errors", "copying", "surgery.kinds", "surgery.programs"],
-    ["surgery.tracing"],
-    ["surgery.scopes"],
+    ["surgery.tracing", "surgery.dataflow"],
+    ["surgery.scopes", "surgery.units"],
     ["prunable", "surgery.sites", "testing"],
     ["masks", "surgery.activations", "surgery.skips"],
     ["pruning", "recipe.labels"],

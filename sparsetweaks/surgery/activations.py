@@ -16,6 +16,7 @@ from sparsetweaks.copying import Model, copy_model
 from sparsetweaks.errors import NoEffectWarning, SurgeryError
 from sparsetweaks.surgery import kinds as k
 from sparsetweaks.surgery import sites as s
+from sparsetweaks.surgery.dataflow import first_input
 from sparsetweaks.surgery.programs import rewrite
 from sparsetweaks.surgery.scopes import Scopes
 
@@ -240,7 +241,7 @@ def _swap_calls(group: list[s.Found], target: _Target, like: torch.Tensor | None
         for node in list(graph.nodes):
             if node.name not in in_place or k.kind_of_node(node) is None:
                 continue
-            value = s.first_input(node)
+            value = first_input(node)
             with graph.inserting_before(node):
                 if children:
                     new = graph.call_module(children[node.name], (value,))

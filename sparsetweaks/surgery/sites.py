@@ -7,17 +7,17 @@ themselves work from these very lists. What a surgery did is kept with the model
 from __future__ import annotations
 
 import fnmatch
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from sparsetweaks.surgery import kinds as k
+from sparsetweaks.surgery.dataflow import called, is_observed, is_overwritten
 from sparsetweaks.surgery.programs import Trace, Untraceable
 from sparsetweaks.surgery.scopes import LOOPS, SLICES, Scopes, is_scope
+from sparsetweaks.surgery.units import conv_kind, is_conv, units_in
 
 Where = Callable[["Site"], bool] | str | Sequence[str] | None
 """Which sites: all (None), a glob pattern or several on `Site.path`, or a predicate on the `Site`."""
@@ -174,16 +174,14 @@ def activation_sites(model: nn.Module, kinds: Sequence[str], scopes: Scopes) -> 
     opaque: set[int] = set()  # activation modules whose callers cannot be read
     for scope, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            if str(getattr(module, "original_name", "")).lower() in wanted:
-                found.append(
-                    Found(_site(scope, str(module.original_name).lower(), "module", "it is scripted"), module)
-                )
+            name = str(getattr(module, "original_name", "")).lower()
+            if name in wanted:
+                found.append(Found(Site(*_split(scope), name, "module", left="it is scripted"), module))
             continue
         kind = k.kind_of_module(module)
         if kind is not None and kind.name in wanted:
-            parent, _, name = scope.rpartition(".")
-            site = Site(parent, name, kind.name, "module", bool(getattr(module, "inplace", False)))
-            found.append(Found(site, module))
+            in_place = bool(getattr(module, "inplace", False))
+            found.append(Found(Site(*_split(scope), kind.name, "module", in_place), module))
         if not is_scope(module):
             continue
         try:
@@ -241,136 +239,19 @@ def _unread(
         for held in value if isinstance(value, (list, tuple)) else ():
             kind = k.kind_of_module(held) if isinstance(held, nn.Module) else None
             if kind is not None and kind.name in wanted and held not in module.modules():
-                yield Found(
-                    _site(f"{scope}.{name}" if scope else name, kind.name, "module", "it is not registered"),
-                    held,
-                )
+                yield Found(Site(scope, name, kind.name, "module", left="it is not registered"), held)
     for kind_name in wanted:
         if (k.spellings((kind_name,)) & mentions) - children - set(vars(module)):
-            yield Found(_site(f"{scope}." if scope else ".", kind_name, "function", str(reason)), module)
+            yield Found(Site(scope, kind_name, kind_name, "function", left=str(reason)), module)
 
 
-def _site(path: str, kind: str, form: str, reason: str) -> Site:
-    scope, _, name = path.rpartition(".")
-    return Site(scope, name or kind, kind, form, left=reason)
-
-
-_FRESH_FUNCTIONS = {
-    operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul, torch.cat, torch.matmul,
-    nn.functional.linear, nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d,
-    nn.functional.batch_norm,
-}  # fmt: skip
-_FRESH_MODULES = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.Linear,
-)
-_IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
-
-
-def is_observed(node: fx.Node, module: nn.Module) -> bool:
-    """Whether anything may look at the input of this in-place call after it, other than through its result.
-
-    Walks back through in-place operations to the tensor's origin. Only an origin known to make a fresh tensor, with
-    no later reader of any of its names, counts as not observed.
-    """
-    order = {each: position for position, each in enumerate(node.graph.nodes)}
-    value = first_input(node)
-    while value is not None:
-        if any(order[user] > order[node] for user in value.users):
-            return True
-        if value.op == "call_module":
-            origin = called(value, module)
-            if isinstance(origin, _FRESH_MODULES):
-                return False
-            if not getattr(type(origin), "added_by_tweak", False):
-                return True
-            value = value.args[1]  # type: ignore[assignment]  # a skip returns its second input, or a sum
-        elif value.op == "call_function" and value.target in _FRESH_FUNCTIONS:
-            return False
-        elif mutates(value, module):
-            value = first_input(value)
-        else:
-            return True
-    return True
-
-
-def is_overwritten(node: fx.Node, module: nn.Module) -> bool:
-    """Whether another operation overwrites the input of this call after it.
-
-    ReLU keeps its output for the backward pass and does not mind; a smooth activation keeps its input.
-    """
-    order = {each: position for position, each in enumerate(node.graph.nodes)}
-    value = first_input(node)
-    while value is not None:
-        if any(order[user] > order[node] and _overwrites(user, value, module) for user in value.users):
-            return True
-        value = first_input(value) if mutates(value, module) else None
-    return False
-
-
-def _overwrites(user: fx.Node, value: fx.Node, module: nn.Module) -> bool:
-    return mutates(user, module) and first_input(user) is value
-
-
-def called(node: fx.Node, module: nn.Module) -> nn.Module:
-    """The child that a `call_module` node of the module's graph calls."""
-    return module.get_submodule(str(node.target))
-
-
-def mutates(node: fx.Node, module: nn.Module) -> bool:
-    """Whether a call overwrites its first input, as far as its form tells."""
-    if node.op == "call_module":
-        return bool(getattr(called(node, module), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        in_place = node.target in _IN_PLACE_OPERATORS or node.target is operator.setitem
-        return in_place or (name.endswith("_") and not name.endswith("__")) or bool(k.works_in_place(node))
-    return False
-
-
-def first_input(node: fx.Node) -> fx.Node | None:
-    first = node.args[0] if node.args else node.kwargs.get("input")
-    return first if isinstance(first, fx.Node) else None
+def _split(path: str) -> tuple[str, str]:
+    """The name of a module's parent, and its own name there."""
+    parent, _, name = path.rpartition(".")
+    return parent, name
 
 
 # -------------------------------------------------------------------------------------------------------- skips
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a convolution maps positions and channels, per spatial dimension.
-
-    Output position i is centred on input position `offset + i * stride`.
-    """
-
-    in_channels: int
-    out_channels: int
-    stride: tuple[int, ...]
-    offset: tuple[int, ...]
-    keeps_size: bool
-
-    @property
-    def keeps_shape(self) -> bool:
-        """Whether input and output have equal shapes for every input."""
-        return self.keeps_size and self.in_channels == self.out_channels
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A convolution and the normalisation that directly follows it, in one graph."""
-
-    conv: fx.Node
-    output: fx.Node
-    left: str | None
-
-
-_CONV_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
 
 def find_skip_sites(model: nn.Module, *, where: Where = None) -> Sites:
@@ -403,16 +284,16 @@ def skip_sites(model: nn.Module, scopes: Scopes) -> list[Found]:
     found: list[Found] = []
     bypassed: dict[int, str] = {}
     for scope, module in model.named_modules():
-        if not is_scope(module) or not any(map(_is_conv, module.modules())):
+        if not is_scope(module) or not any(map(is_conv, module.modules())):
             continue
         try:
             trace = scopes.trace(module)
         except Untraceable as reason:
             bypassed.update(_perhaps_bypassed(module, scopes.names(module)))
-            own = [name for name, child in module.named_children() if _is_conv(child)]
+            own = [name for name, child in module.named_children() if is_conv(child)]
             found += [
                 Found(
-                    Site(scope, name, _conv_kind(module.get_submodule(name)), "unit", left=str(reason)),
+                    Site(scope, name, conv_kind(module.get_submodule(name)), "unit", left=str(reason)),
                     module,
                 )
                 for name in own
@@ -423,7 +304,7 @@ def skip_sites(model: nn.Module, scopes: Scopes) -> list[Found]:
             for unit in units_in(case.graph, module):
                 conv = called(unit.conv, module)
                 left = bypassed.get(id(module), unit.left)
-                site = Site(scope, str(unit.conv.target), _conv_kind(conv), "unit", left=left)
+                site = Site(scope, str(unit.conv.target), conv_kind(conv), "unit", left=left)
                 units.setdefault(site.name, Found(site, module, trace))
         found += units.values()
     return found
@@ -441,110 +322,3 @@ def _perhaps_bypassed(module: nn.Module, names: frozenset[str]) -> Iterator[tupl
 
 def _is_sequential(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
-def units_in(graph: fx.Graph, module: nn.Module) -> Iterator[Unit]:
-    """The units in one graph of a scope, those that must be left included."""
-    nodes = list(graph.nodes)
-    order = {node: position for position, node in enumerate(nodes)}
-    for node in nodes:
-        if node.op != "call_module" or not _is_conv(called(node, module)):
-            continue
-        conv = called(node, module)
-        if len(node.users) != 1 or first_input(node) is None:
-            continue
-        follower = next(iter(node.users))
-        if _is_norm_call(follower, module):
-            output = follower
-        elif _is_activation_call(follower, module):
-            output = node
-        else:
-            continue
-        left = _why_no_geometry(conv) or _why_not_here(node, output, order, nodes, module)
-        yield Unit(node, output, left)
-
-
-def _why_not_here(
-    conv: fx.Node, output: fx.Node, order: dict[fx.Node, int], nodes: list[fx.Node], module: nn.Module
-) -> str | None:
-    source = first_input(conv)
-    assert source is not None
-    if output is not conv:
-        norm = called(output, module)
-        if any(not isinstance(child, nn.Identity) for child in norm.children()):
-            return "its normalisation applies an activation itself"
-        between = nodes[order[conv] + 1 : order[output]]
-        if any(mutates(node, module) for node in between):
-            return "a tensor is overwritten between its convolution and its normalisation"
-    for user in output.users:
-        if user.op == "call_module":
-            skip = called(user, module)
-            if getattr(type(skip), "added_by_tweak", False):
-                return "it already has a skip"
-        if _is_add(user):
-            operands = [_through_identity(each, module) for each in user.args if isinstance(each, fx.Node)]
-            if _through_identity(source, module) in operands:
-                return "a residual already spans exactly this unit"
-    return None
-
-
-def _through_identity(node: fx.Node, module: nn.Module) -> fx.Node:
-    while node.op == "call_module" and type(called(node, module)) is nn.Identity:
-        inner = first_input(node)
-        if inner is None:
-            break
-        node = inner
-    return node
-
-
-def _is_add(node: fx.Node) -> bool:
-    if node.op == "call_function":
-        return node.target in (operator.add, operator.iadd, torch.add)
-    return node.op == "call_method" and node.target in ("add", "add_")
-
-
-def _is_conv(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd)
-
-
-def _is_norm_call(node: fx.Node, module: nn.Module) -> bool:
-    if node.op != "call_module" or len(node.args) != 1:
-        return False
-    norm = called(node, module)
-    return isinstance(norm, _NORMS) or type(norm).__name__.rstrip("123d").endswith("Norm")
-
-
-def _is_activation_call(node: fx.Node, module: nn.Module) -> bool:
-    if node.op == "call_module":
-        return k.kind_of_module(called(node, module)) is not None
-    return k.kind_of_node(node) is not None
-
-
-def _conv_kind(conv: nn.Module) -> str:
-    return "kept" if _why_no_geometry(conv) is None and geometry(conv).keeps_shape else "changed"
-
-
-def _why_no_geometry(conv: nn.Module) -> str | None:
-    assert isinstance(conv, nn.modules.conv._ConvNd)
-    if isinstance(conv, nn.modules.lazy.LazyModuleMixin):
-        return "it is lazy: run a batch through the model first"
-    if conv.transposed:
-        return "it is a transposed convolution"
-    if type(conv).forward not in _CONV_FORWARDS:
-        return f"{type(conv).__name__} computes its geometry in a forward of its own"
-    if any(offset < 0 for offset in geometry(conv).offset):
-        return "it pads by more than its kernel covers"
-    return None
-
-
-def geometry(conv: Any) -> Geometry:
-    """The geometry of an ordinary convolution, from its attributes."""
-    reach = [dilation * (kernel - 1) for dilation, kernel in zip(conv.dilation, conv.kernel_size)]
-    if conv.padding == "same":
-        excess = [0] * len(reach)
-    else:
-        padding = [0] * len(reach) if conv.padding == "valid" else conv.padding
-        excess = [r - 2 * p for r, p in zip(reach, padding)]
-    same = all(e == 0 for e in excess) and all(s == 1 for s in conv.stride)
-    offset = tuple(e // 2 for e in excess)
-    return Geometry(conv.in_channels, conv.out_channels, tuple(conv.stride), offset, same)

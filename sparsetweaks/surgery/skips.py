@@ -12,8 +12,10 @@ from torch import fx, nn
 from sparsetweaks.copying import Model, copy_model
 from sparsetweaks.errors import NoEffectWarning
 from sparsetweaks.surgery import sites as s
+from sparsetweaks.surgery.dataflow import first_input
 from sparsetweaks.surgery.programs import rewrite
 from sparsetweaks.surgery.scopes import Scopes
+from sparsetweaks.surgery.units import Geometry, geometry_of, units_in
 
 SHORTCUTS = ("pad", "projection", "project-all", "none")
 PROJECTION_INIT = 1e-4
@@ -35,7 +37,7 @@ class Skip(nn.Module):
 
     def __init__(
         self,
-        geometry: s.Geometry,
+        geometry: Geometry,
         *,
         project: bool = False,
         norm: bool = False,
@@ -177,7 +179,7 @@ def inject_skips(
 
 
 def _skip_for(conv: nn.Module, shortcut: str, norm: bool, strength: float | str) -> Skip:
-    geometry = s.geometry(conv)
+    geometry = geometry_of(conv)
     project = shortcut == "project-all" or (shortcut == "projection" and not geometry.keeps_shape)
     weight = next(conv.parameters())
     options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
@@ -192,12 +194,12 @@ def _inject(group: list[s.Found]) -> None:
     names = frozenset(each.site.name for each in group)
 
     def edit(graph: fx.Graph) -> None:
-        for unit in list(s.units_in(graph, scope)):
+        for unit in list(units_in(graph, scope)):
             if str(unit.conv.target) not in names or unit.left is not None:
                 continue
             with graph.inserting_after(unit.output):
                 skip = graph.call_module(f"{unit.conv.target}.skip")
             unit.output.replace_all_uses_with(skip)
-            skip.args = (s.first_input(unit.conv), unit.output)
+            skip.args = (first_input(unit.conv), unit.output)
 
     rewrite(scope, trace, ("skip", names), edit)
