@@ -162,10 +162,17 @@ def test_the_module_is_the_command() -> None:
         assert name in shown.stdout
 
 
+def heed_interrupts() -> None:
+    """In a new process: SIGINT as in a terminal, also if these tests run in the background, where it is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_an_interrupted_drawing_loses_nothing_and_goes_on(tmp_path: Path) -> None:
     words = ["--levels", "3", "--epochs", "20", *SMALL[:4], *SMALL[6:], "--out", str(tmp_path)]
     command = [sys.executable, "-m", "sparsetweaks", "draw", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     wait_for(lambda: list(tmp_path.glob("tickets/*level01*.safetensors")), process)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
@@ -186,7 +193,9 @@ def test_an_interrupted_drawing_loses_nothing_and_goes_on(tmp_path: Path) -> Non
 
 def test_an_interrupted_demo_ends_its_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sparsetweaks", "demo", "--processes", "2", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     wait_for(lambda: list(tmp_path.glob("runs/*.safetensors")), process)
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
