@@ -62,7 +62,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparsetweaks as st
 from sparsetweaks.errors import NoEffectWarning
 from sparsetweaks.surgery import kinds as k
-from sparsetweaks.surgery import scopes
+from sparsetweaks.surgery import programs, scopes
 from sparsetweaks.surgery import sites as s
 
 LARGE = 150_000_000
@@ -312,6 +312,8 @@ def swap_same(model: nn.Module, found: list[s.Found]) -> nn.Module:
     for each in found:
         if each.site.left is None:
             groups.setdefault(settings(each), set()).add((each.site.scope, each.site.name))
+    if not groups:
+        return st.swap_activations(model, "mish", where=lambda site: False)  # a copy, and a warning
     for same, paths in groups.items():
         chosen = lambda site, paths=paths: (site.scope, site.name) in paths
         model = st.swap_activations(model, same, kinds=(same.kind,), where=chosen)
@@ -570,7 +572,7 @@ class Examination:
             return None
         try:
             data = pickle.dumps(result)
-            scopes._rewritten_class.cache_clear()
+            programs._rewritten_class.cache_clear()
             return pickle.loads(data)
         except Exception as error:
             traceback.print_exc()
