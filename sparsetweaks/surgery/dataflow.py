@@ -28,43 +28,57 @@ def is_observed(node: fx.Node, module: nn.Module) -> bool:
     """Whether anything may look at the input of this in-place call after it, other than through its result.
 
     Walks back through in-place operations to the tensor's origin. Only an origin known to make a fresh tensor, with
-    no later reader of any of its names, counts as not observed.
+    no later reader of any of its names and no earlier one that may be a view of it, counts as not observed.
     """
-    value = first_input(node)
+    step, value = node, first_input(node)
     while value is not None:
-        if any(user > node for user in value.users):
+        if any(user is not step and (user > node or not _makes_fresh(user, module)) for user in value.users):
             return True
-        if value.op == "call_module":
-            origin = called(value, module)
-            if isinstance(origin, _FRESH_MODULES):
-                return False
-            if not getattr(type(origin), "added_by_tweak", False):
-                return True
-            value = value.args[1]  # type: ignore[assignment]  # a skip returns its second input, or a sum
-        elif value.op == "call_function" and value.target in _FRESH_FUNCTIONS:
+        if _makes_fresh(value, module):
             return False
+        if value.op == "call_module" and _is_tweak(called(value, module)):
+            step, value = value, value.args[1]  # type: ignore[assignment]  # a skip returns its second input, or a sum
         elif mutates(value, module):
-            value = first_input(value)
+            step, value = value, first_input(value)
         else:
             return True
     return True
 
 
 def is_overwritten(node: fx.Node, module: nn.Module) -> bool:
-    """Whether another operation overwrites the input of this call after it.
+    """Whether another operation may overwrite the input of this call after it.
 
     ReLU keeps its output for the backward pass and does not mind; a smooth activation keeps its input.
     """
     value = first_input(node)
     while value is not None:
-        if any(user > node and _overwrites(user, value, module) for user in value.users):
+        if any(user > node and _may_overwrite(user, value, module) for user in value.users):
             return True
         value = first_input(value) if mutates(value, module) else None
     return False
 
 
-def _overwrites(user: fx.Node, value: fx.Node, module: nn.Module) -> bool:
-    return mutates(user, module) and first_input(user) is value
+def _makes_fresh(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a call is known to return a tensor that shares no memory with its inputs."""
+    if node.op == "call_module":
+        return isinstance(called(node, module), _FRESH_MODULES)
+    return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
+
+
+def _may_overwrite(user: fx.Node, value: fx.Node, module: nn.Module) -> bool:
+    """Whether a call may overwrite one of its inputs, itself or through a view that it returns."""
+    if mutates(user, module):
+        return first_input(user) is value
+    if user.op == "call_module":
+        child = called(user, module)
+        return not (_is_tweak(child) or type(child).__module__.startswith("torch.nn.modules."))
+    if user.op in ("call_function", "call_method") and not _makes_fresh(user, module):
+        return any(_may_overwrite(each, user, module) for each in user.users)
+    return False
+
+
+def _is_tweak(module: nn.Module) -> bool:
+    return bool(getattr(type(module), "added_by_tweak", False))
 
 
 def called(node: fx.Node, module: nn.Module) -> nn.Module:

@@ -139,6 +139,7 @@ def _symbolic(answers: dict[str, Any]) -> list[str]:
 def _header(signature: inspect.Signature) -> str:
     """The signature as text, its defaults left to `__defaults__` so that any object can be one."""
     bare = [p.replace(default=p.empty, annotation=p.empty) for p in signature.parameters.values()]
+    bare[0] = bare[0].replace(name="self")
     return str(inspect.Signature(bare))[1:-1]
 
 

@@ -18,7 +18,14 @@ import torch
 from torch import fx, nn
 
 from sparsetweaks.surgery.programs import PLAIN, Trace, Untraceable
-from sparsetweaks.surgery.tracing import BASE_ATTRIBUTES, trace_cases
+from sparsetweaks.surgery.tracing import (
+    BASE_ATTRIBUTES,
+    DYNAMIC,
+    MUTATES,
+    STORES_GLOBAL,
+    TYPE_CALL,
+    trace_cases,
+)
 
 SLICES, LOOPS = "[:]", "for"
 """What `Scopes.names` holds, beside names, for code that slices or loops."""
@@ -83,7 +90,7 @@ class Scopes:
 
 def _fingerprint(module: nn.Module, names: frozenset[str]) -> Hashable:
     """Equal for modules whose traces are equal: class, structure, and every attribute that the code can name."""
-    everything = bool(names & {"__dict__", "vars"})
+    everything = bool(names & DYNAMIC)
     numbers: dict[int, int] = {}
 
     def describe(each: nn.Module) -> Hashable:
@@ -157,6 +164,12 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
             yield SLICES
         elif instruction.opname == "FOR_ITER":
             yield LOOPS
+        elif instruction.opname == "STORE_GLOBAL":
+            yield STORES_GLOBAL
+        elif instruction.opname == "LOAD_GLOBAL" and instruction.argval == "type":
+            yield TYPE_CALL
+        elif instruction.opname in ("STORE_ATTR", "STORE_SUBSCR", "DELETE_ATTR", "DELETE_SUBSCR"):
+            yield MUTATES
     for constant in code.co_consts:
         if isinstance(constant, str):
             yield constant

@@ -182,6 +182,15 @@ def activation_sites(model: nn.Module, kinds: Sequence[str], scopes: Scopes) -> 
         if kind is not None and kind.name in wanted:
             in_place = bool(getattr(module, "inplace", False))
             found.append(Found(Site(*_split(scope), kind.name, "module", in_place), module))
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            name = (
+                "relu"
+                if "relu" in f"{getattr(module, 'mode', '')}{getattr(module, 'nonlinearity', '')}".lower()
+                else "tanh"
+            )
+            if name in wanted:
+                site = Site(*_split(scope), name, "module", left="it is inside a recurrent layer of torch")
+                found.append(Found(site, module))
         if not is_scope(module):
             continue
         try:

@@ -18,6 +18,7 @@ import inspect
 import itertools
 import random
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -32,6 +33,16 @@ MAX_CASES = 32
 BASE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """What every module has; everything else in a module's `__dict__` is its own."""
 
+DYNAMIC = frozenset(["__dict__", "vars", "getattr", "hasattr", "attrgetter", "__getattribute__"])
+"""Names by which code may read attributes that it does not name."""
+
+MUTATES, STORES_GLOBAL, TYPE_CALL = "[]=", "global", "type()"
+"""What stands beside the names of code that assigns to attributes or items, assigns to globals, or calls `type`."""
+
+_MUTATORS = frozenset(
+    [MUTATES, "append", "appendleft", "extend", "insert", "add", "update", "setdefault", "pop", "popleft"]
+    + ["popitem", "remove", "clear", "setattr", "__setitem__", "__setattr__"]
+)
 _LIST_FUNCTIONS = ("cat", "concat", "stack")
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 _GLOBAL_MODES = frozenset(
@@ -57,6 +68,12 @@ def trace_cases(module: nn.Module, names: frozenset[str]) -> Trace:
         raise Untraceable("its forward was replaced on the instance")
     if names & _GLOBAL_MODES:
         raise Untraceable(f"its forward asks for {min(names & _GLOBAL_MODES)}, which a trace would freeze")
+    if STORES_GLOBAL in names:
+        raise Untraceable("its forward assigns to a global variable")
+    if TYPE_CALL in names:
+        raise Untraceable("its forward may ask for the type of its inputs")
+    if names & _MUTATORS and (opaque := _opaque_attribute(module, names)):
+        raise Untraceable(f"its forward may change what the attribute {opaque!r} holds")
     signature = inspect.signature(type(module).forward)
     questions = _questions(signature, names)
     cases: list[Case] = []
@@ -90,14 +107,38 @@ def trace_cases(module: nn.Module, names: frozenset[str]) -> Trace:
     if not cases:
         raise Untraceable("no combination of its arguments can be traced")
     plain = {name for name, value in vars(module).items() if isinstance(value, PLAIN)}
-    frozen = tuple(sorted((plain & names) - BASE_ATTRIBUTES))
+    frozen = tuple(sorted((plain if names & DYNAMIC else plain & names) - BASE_ATTRIBUTES))
     return Trace(cases, signature, questions, frozen)
+
+
+def _opaque_attribute(module: nn.Module, names: frozenset[str]) -> str | None:
+    """An attribute that the code names and whose inside a stand-in shares with the module."""
+    for each in module.modules():
+        for name, value in vars(each).items():
+            if name in names and name not in BASE_ATTRIBUTES and not _is_flat(value):
+                return name
+    return None
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether a shallow copy of an attribute shares nothing that code could change, tensors and modules aside."""
+    if type(value) in (list, tuple, set):
+        return all(map(_is_simple, value))
+    if type(value) is dict:
+        return all(map(_is_simple, value.values()))
+    return _is_simple(value)
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_simple, value))
+    return isinstance(value, (*PLAIN, torch.Tensor, nn.Module)) or callable(value)
 
 
 def _questions(signature: inspect.Signature, names: frozenset[str]) -> dict[str, tuple[Any, ...]]:
     """What a forward may ask, with the answers to trace: its mode if its code can name it, each argument's cases."""
     questions: dict[str, tuple[Any, ...]] = {}
-    if names & {"training", "__dict__", "vars", "getattr"}:
+    if "training" in names or names & DYNAMIC:
         questions["self.training"] = (True, False)
     for position, parameter in enumerate(signature.parameters.values()):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -142,6 +183,8 @@ def _trace_one(
     vars(twins.root)["training"] = answers.get("self.training", True)
     tracer = _Tracer(signature, answers)
     state, rng = random.getstate(), torch.random.get_rng_state()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state(legacy=False) if numpy else None
     try:
         with _watched(tracer):
             graph = tracer.trace(twins.root)
@@ -160,6 +203,9 @@ def _trace_one(
         raise
     finally:
         drew = random.getstate() != state or not torch.equal(torch.random.get_rng_state(), rng)
+        if numpy is not None:
+            drew = drew or repr(numpy.random.get_state(legacy=False)) != repr(numpy_state)
+            numpy.random.set_state(numpy_state)
         random.setstate(state)
         torch.random.set_rng_state(rng)
     if drew:
@@ -247,6 +293,7 @@ class _Tracer(fx.Tracer):
             name for name, p in signature.parameters.items() if isinstance(p.default, (int, float, str))
         ]
         self.refusal: Untraceable | _NotConstant | None = None
+        self.stand_ins: dict[Any, Any] = {}  # builtins by what takes their place while tracing
         self._state = _execution_state()
 
     def refuse(self, reason: str) -> NoReturn:
@@ -289,10 +336,12 @@ class _Tracer(fx.Tracer):
         answer = self.answers[str(node.target)]
         return torch.Tensor if answer is GIVEN else answer
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         if _execution_state() != self._state:
             self.refuse("its forward switches gradients or autocast on or off")
-        return super().create_node(*args, **kwargs)
+        if callable(target):
+            target = self.stand_ins.get(target, target)
+        return super().create_node(kind, target, *args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is not _Proxy and isinstance(a, torch.Tensor):
@@ -326,15 +375,30 @@ def _watched(tracer: _Tracer) -> Iterator[None]:
     tensor that is not there. Activation checkpointing works by saved-tensor hooks, which a trace would leave out.
     """
     hooks = torch.autograd.graph.saved_tensors_hooks
-    is_instance, enter = builtins.isinstance, hooks.__enter__
+    is_instance, has, get, enter = builtins.isinstance, builtins.hasattr, builtins.getattr, hooks.__enter__
 
     def answer(value: Any, kinds: Any) -> bool:
-        if type(value) is _Proxy:
-            caller = sys._getframe(1).f_globals.get("__name__") or ""
-            torch_asks = caller.startswith(("torch.", "dataclasses", "inspect"))
-            if not torch_asks or caller.startswith("torch.nn.modules."):
-                return issubclass(tracer.answer_type(value.node), kinds)
+        if type(value) is _Proxy and models_own(sys._getframe(1)):
+            if not any(issubclass(each, kinds) for each in (torch.Tensor, list)):
+                tracer.refuse("its forward asks whether an input is something other than a tensor or a list")
+            return issubclass(tracer.answer_type(value.node), kinds)
         return is_instance(value, kinds)
+
+    def models_own(frame: types.FrameType) -> bool:
+        caller = frame.f_globals.get("__name__") or ""
+        return caller.startswith("torch.nn.modules.") or not caller.startswith(
+            ("torch.", "dataclasses", "inspect")
+        )
+
+    def answer_has(value: Any, name: str) -> bool:
+        if type(value) is _Proxy and models_own(sys._getframe(1)):
+            tracer.refuse(f"its forward asks whether an input has an attribute {name!r}")
+        return has(value, name)
+
+    def answer_get(value: Any, name: str, *default: Any) -> Any:
+        if default and type(value) is _Proxy and models_own(sys._getframe(1)):
+            tracer.refuse(f"its forward asks whether an input has an attribute {name!r}")
+        return get(value, name, *default)
 
     def refuse(_: Any) -> NoReturn:
         tracer.refuse(
@@ -352,14 +416,16 @@ def _watched(tracer: _Tracer) -> Iterator[None]:
     originals = {name: getattr(torch, name) for name in _LIST_FUNCTIONS}
     for name, function in originals.items():
         setattr(torch, name, recording(function))
+    tracer.stand_ins[answer_get] = get
     builtins.isinstance = answer  # type: ignore[assignment]
+    builtins.hasattr, builtins.getattr = answer_has, answer_get  # type: ignore[assignment]
     hooks.__enter__ = refuse  # type: ignore[method-assign]
     try:
         yield
     finally:
         for name, function in originals.items():
             setattr(torch, name, function)
-        builtins.isinstance = is_instance
+        builtins.isinstance, builtins.hasattr, builtins.getattr = is_instance, has, get
         hooks.__enter__ = enter  # type: ignore[method-assign]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import inspect
 import io
 import pickle
 import random
+import types
 import warnings
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -386,3 +389,146 @@ class Overloads(nn.Module):
 
 def test_functions_with_number_and_tensor_overloads_trace():
     same_forward(Overloads(), swapped(Overloads()), torch.randn(3, 4))
+
+
+class ThisName(nn.Module):
+    def forward(this, x):
+        return F.relu(x)
+
+
+def test_the_first_parameter_may_have_any_name():
+    same_forward(ThisName(), swapped(ThisName()), torch.randn(3))
+
+
+class SeenThroughView(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.inner, self.act = nn.Linear(4, 4), act
+
+    def forward(self, x):
+        x = self.inner(x)
+        view = x[:, :2]
+        self.act(x)
+        return view
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(inplace=True), F.relu_], ids=["module", "function"])
+def test_an_in_place_activation_seen_through_a_view(act):
+    model = SeenThroughView(act)
+    same_forward(model, swapped(model), torch.randn(3, 4))
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(st.swap_activations(model, "silu")(x), F.silu(model.inner(x))[:, :2])
+
+
+class Computed(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale0 = scale
+
+    def forward(self, x):
+        return F.relu(x) * getattr(self, f"scale{0}")
+
+
+def test_attributes_read_by_computed_names_tell_modules_apart():
+    model = nn.Sequential(Computed(2.0), Computed(3.0))
+    same_forward(model, swapped(model), torch.randn(3))
+    with pytest.raises(AttributeError, match="became a constant"):
+        swapped(model)[0].scale0 = 4.0
+
+
+class TypeOf(Counts):
+    def forward(self, x):
+        return F.relu(x[0] if type(x) is list else x)
+
+
+class Has(Counts):
+    def forward(self, x):
+        return F.relu(x.tensors if hasattr(x, "tensors") else x)
+
+
+class GetsDefault(Counts):
+    def forward(self, x):
+        return F.relu(x) if getattr(x, "mask", None) is None else x
+
+
+class IsDict(Counts):
+    def forward(self, x):
+        return F.relu(x["a"] if isinstance(x, dict) else x)
+
+
+class NumpyRandom(Counts):
+    def forward(self, x):
+        return F.relu(x) * float(numpy.random.rand() > 0.5)
+
+
+class Global(Counts):
+    def forward(self, x):
+        global CALLS
+        CALLS += 1
+        return F.relu(x)
+
+
+CALLS = 0
+
+
+class Nested(Counts):
+    def __init__(self):
+        super().__init__()
+        self.cache = {"k": []}
+
+    def forward(self, x):
+        self.cache["k"].append(x)
+        return F.relu(x)
+
+
+class Deque(Nested):
+    def __init__(self):
+        super().__init__()
+        self.cache = collections.deque()
+
+    def forward(self, x):
+        self.cache.append(x)
+        return F.relu(x)
+
+
+class Namespace(Nested):
+    def __init__(self):
+        super().__init__()
+        self.cache = types.SimpleNamespace(n=0)
+
+    def forward(self, x):
+        self.cache.n += 1
+        return F.relu(x)
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (TypeOf, "type of its inputs"),
+        (Has, "has an attribute 'tensors'"),
+        (GetsDefault, "has an attribute 'mask'"),
+        (IsDict, "something other than a tensor or a list"),
+        (NumpyRandom, "random numbers"),
+        (Global, "global variable"),
+        (Nested, "'cache' holds"),
+        (Deque, "'cache' holds"),
+        (Namespace, "'cache' holds"),
+    ],
+)
+def test_what_python_alone_could_answer_is_refused(cls, reason):
+    model = cls()
+    before = repr(vars(model).get("cache")), numpy.random.get_state(legacy=False)["state"]["pos"], CALLS
+    with pytest.warns(st.NoEffectWarning):
+        (left,) = st.changes(st.swap_activations(model, "mish"))[0].left
+    assert reason in left.left
+    assert before == (
+        repr(vars(model).get("cache")),
+        numpy.random.get_state(legacy=False)["state"]["pos"],
+        CALLS,
+    )
+
+
+def test_recurrent_layers_are_named():
+    model = nn.Sequential(nn.RNN(4, 4, nonlinearity="relu"), nn.GRU(4, 4))
+    assert [site.left for site in st.find_activations(model)] == ["it is inside a recurrent layer of torch"]
+    assert len(st.find_activations(model, kinds=["tanh"]).left) == 1
