@@ -52,8 +52,7 @@ def copy_model(model: Model) -> Model:
         >>> torch.equal(copy_model(layer).weight_mask, layer.weight_mask)
         True
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     modules = list(model.modules())
     memo: dict[int, Any] = {}
     keep: list[Any] = []  # memo is keyed by id: what it names must outlive it
@@ -66,6 +65,12 @@ def copy_model(model: Model) -> Model:
             if isinstance(hook, types.MethodType) and id(hook.__self__) not in own:
                 memo[id(hook.__self__)] = hook.__self__
     return copy.deepcopy(model, memo)
+
+
+def check_model(model: object) -> None:
+    """Raise a `TypeError` that says what is expected if this is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

@@ -584,9 +584,8 @@ def sparsity(
 
     A masked layer is counted by its mask. A layer without one counts as dense, whatever it holds; its exact
     zeros are shown beside it. A layer that was pruned completely shows as 100 %. A tweak's parameters are
-    counted apart,
-    as kept: the released code of the paper adds a dense projection per skip, several times what survives at
-        97 %.
+    counted apart, as kept: the released code of the paper adds a dense projection per skip, several times what
+    survives at 97 %.
 
     Args:
         model: any module, masked or not. It is only read.

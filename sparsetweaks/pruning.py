@@ -37,8 +37,7 @@ def prune(
     """Return a copy of `model` with its least important weights pruned (paper, section 3).
 
     What is pruned already stays pruned: masks only shrink. The count is exact, also where scores are equal:
-        then
-    the weight that comes first goes first. Nothing keeps a layer from being pruned completely (layer
+    then the weight that comes first goes first. Nothing keeps a layer from being pruned completely (layer
     collapse, the nearer the sparsity is to 1); `sparsity(model)` shows it.
 
     One level of iterative magnitude pruning is `prune(trained, 0.2, of="remaining")` and `rewind`.

@@ -8,13 +8,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from sparsetweaks.copying import copy_model
-from sparsetweaks.recipe.labels import SoftLabelLoss
+from sparsetweaks.recipe.labels import SMOOTHING, SoftLabelLoss
 from sparsetweaks.recipe.layer_scales import learn_layer_scales
 from sparsetweaks.surgery.activations import Activation, swap_activations
 from sparsetweaks.surgery.skips import inject_skips
-
-SMOOTHING = 0.1
-"""The paper's smooth ratio (authors' code; Szegedy et al. 2016)."""
 
 
 class Tweaked(NamedTuple):
@@ -28,9 +25,9 @@ def tweak(
     model: nn.Module,
     batch: tuple[Any, Any] | Iterable[tuple[Any, Any]] | None = None,
     *,
-    skips: bool | Mapping[str, Any] = True,
+    skips: bool | Mapping[str, Any] | None = True,
     activation: Activation | None = "swish",
-    scales: bool | Mapping[str, Any] = True,
+    scales: bool | Mapping[str, Any] | None = True,
     smoothing: float = SMOOTHING,
 ) -> Tweaked:
     """Apply the architecture tweaks (AT) and the training-recipe tweaks (TRT) to a ticket (paper, section 3).
@@ -69,19 +66,17 @@ def tweak(
         >>> loss(tweaked(batch[0]), batch[1]).shape
         torch.Size([])
     """
-    if scales is not False and batch is None:
+    if scales not in (None, False) and batch is None:
         raise ValueError("layer scales are learned on data: give a batch (inputs, targets), or scales=False")
-    loss = SoftLabelLoss(smoothing=smoothing)
-    if skips is not False:
+    loss, given = SoftLabelLoss(smoothing=smoothing), model
+    if skips not in (None, False):
         model = inject_skips(model, **_options(skips))
     if activation is not None:
         model = swap_activations(model, activation)
-    if scales is not False and batch is not None:
+    if scales not in (None, False) and batch is not None:
         model = learn_layer_scales(model, batch, **_options(scales))
-    if skips is False and activation is None and scales is False:
-        model = copy_model(model)
-    return Tweaked(model, loss)
+    return Tweaked(copy_model(given) if model is given else model, loss)
 
 
-def _options(part: bool | Mapping[str, Any]) -> dict[str, Any]:
+def _options(part: bool | Mapping[str, Any] | None) -> dict[str, Any]:
     return {} if part is True else dict(part)  # type: ignore[arg-type]

@@ -24,9 +24,7 @@ def main() -> None:
 def _run() -> int:
     import click
 
-    from sparsetweaks.errors import SurgeryError
     from sparsetweaks.lottery.commands import commands
-    from sparsetweaks.lottery.config import LotteryError
 
     try:
         return commands(prog_name="sparsetweaks", standalone_mode=False) or 0
@@ -35,7 +33,7 @@ def _run() -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (LotteryError, SurgeryError, OSError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         _leave(FAILED, " ".join(str(error).split()))
 
 

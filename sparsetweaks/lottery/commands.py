@@ -229,5 +229,9 @@ def _show(out: Path) -> None:
     settings = summarise(read_rows(out / "results.csv"))
     for title, summary in settings.items():
         click.echo(f"\n{title}\n\n{table(summary)}\n")
-    plot(settings, out / "results.png")
-    click.echo(f"rows: {out / 'results.csv'}\npicture: {out / 'results.png'}")
+    click.echo(f"rows: {out / 'results.csv'}")
+    if any(sparsity for summary in settings.values() for sparsity in summary):
+        plot(settings, out / "results.png")
+        click.echo(f"picture: {out / 'results.png'}")
+    else:
+        click.echo("no picture yet: it needs results of sparse networks")

@@ -8,6 +8,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from sparsetweaks.recipe.labels import SMOOTHING
+
 
 class LotteryError(ValueError):
     """What a user can put right: a missing folder, a broken ticket, a loss that is not finite."""
@@ -86,8 +88,6 @@ class Tweaks:
     def uses_architecture(self) -> bool:
         return self.skips is not None or self.activation is not None
 
-
-SMOOTHING = 0.1  # the paper, 3.2
 
 VARIANTS: dict[str, Tweaks] = {
     "vanilla": Tweaks(),

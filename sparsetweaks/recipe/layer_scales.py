@@ -2,9 +2,8 @@
 
 GradInit (Zhu et al. 2021, arXiv 2102.08098) rescales each tensor of an initialised network so that one
 optimizer step on one batch lowers the loss most on another, while the gradient stays bounded. Here it runs on
-the masked
-network: the weights are scale * initial * mask, and the step that is looked ahead to leaves pruned weights at
-    zero.
+the masked network: the weights are scale * initial * mask, and the step that is looked ahead to leaves pruned
+weights at zero.
 """
 
 from __future__ import annotations

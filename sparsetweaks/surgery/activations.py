@@ -79,14 +79,17 @@ def swap_activations(
         model: any module, masked or not, in any mask form.
         to: a name ("swish" or "silu", "mish", "gelu", "elu", "selu", "celu", "softplus", "tanh", "hardswish", "relu",
             "relu6", "leaky_relu"), a module (copied for each site), a factory of modules (`nn.PReLU`,
-            `lambda: nn.Softplus(beta=2)`; called for each site), or a function of one tensor (`F.silu`).
+            `lambda: nn.Softplus(beta=2)`; called for each site), or a function of one tensor (`F.silu`; a lambda
+            cannot be pickled, and so neither can the result).
         kinds: names of the activations to replace; default: the ReLU family (relu, relu6, leaky_relu).
         where: glob pattern(s) on a site's path, or a predicate on a `Site`; default: everywhere.
 
     Returns:
         A new model. Parameters, buffers, masks, hooks, modes, names and the classes of all other modules are those
         of `model`, which is left untouched. Only modules whose own forward calls an activation function are
-        rewritten. Parameters of the new activation, if any, sit where the activation sits.
+        rewritten, and only their forwards: a method that computes a part of the network and is called directly
+        (`encode`, `forward_features`) still computes what it did. Parameters of the new activation,
+        if any, sit where the activation sits.
 
     Raises:
         ValueError: for an unknown name, or a pattern that matches nothing.
@@ -105,6 +108,7 @@ def swap_activations(
     """
     target = _target(to)
     result = copy_model(model)
+    s.refuse_wrapped(result)
     scopes = Scopes()
     found = s.activation_sites(result, kinds, scopes)
     chosen = s.select(s.Sites(each.site for each in found), where)
@@ -164,6 +168,8 @@ class _Target:
             )
         if like is not None and next(made.parameters(), None) is not None:
             made = made.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
+        if next(made.parameters(), None) is not None:
+            made.added_by_tweak = True  # type: ignore[assignment]  # `sparsity` counts it apart
         if in_place:
             return InPlace(made)
         return OnCopy(made) if found.overwritten else made

@@ -89,10 +89,14 @@ def _write_program(trace: Trace, cases: Iterable[Case]) -> Program:
         if guard not in seen:
             seen.add(guard)
             arguments = ", ".join(f"{name}={name}" for name in _symbolic(answers))
-            branches.append(f"    if {guard}:\n        return case_{number}(self, {arguments})")
+            call = f"return case_{number}(self, {arguments})"
+            branches.append(f"    if {guard}:\n        {call}" if questions else f"    {call}")
     head = f"def forward({_header(trace.signature)}):"
-    tail = '    raise RuntimeError("this module was rewritten for other arguments: leave it out with where=")'
-    parts = [*sorted(imports.values()), *cases_source, "\n".join([head, *branches, tail])]
+    if questions:
+        branches.append(
+            '    raise RuntimeError("this module was rewritten for other arguments: leave it out with where=")'
+        )
+    parts = [*sorted(imports.values()), *cases_source, "\n".join([head, *branches])]
     return Program("\n\n\n".join(parts) + "\n", trace.frozen)
 
 

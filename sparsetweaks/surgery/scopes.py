@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sparsetweaks.surgery.programs import PLAIN, Trace, Untraceable
+from sparsetweaks.surgery.programs import PLAIN, Rewritten, Trace, Untraceable
 from sparsetweaks.surgery.tracing import (
     BASE_ATTRIBUTES,
     DYNAMIC,
@@ -37,6 +37,8 @@ def is_scope(module: nn.Module) -> bool:
     """Whether the module's own forward may hold a site: not a layer of torch itself, not a scripted module."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
+    if isinstance(module, Rewritten):
+        return True
     forward = _forward_of(type(module))
     if forward is None or getattr(forward, "__name__", "") == "_forward_unimplemented":
         return False

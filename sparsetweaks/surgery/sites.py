@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sparsetweaks.copying import check_model
+from sparsetweaks.errors import SurgeryError
 from sparsetweaks.surgery import kinds as k
 from sparsetweaks.surgery.dataflow import called, is_observed, is_overwritten
 from sparsetweaks.surgery.programs import Trace, Untraceable
@@ -106,6 +108,15 @@ def record_change(model: nn.Module, tweak: str, rewritten: Iterable[Site], left:
     vars(model)["_changes"] = (*changes(model), Change(tweak, Sites(rewritten), Sites(left)))
 
 
+def refuse_wrapped(model: nn.Module) -> None:
+    """A wrapper that has seen the parameters would not synchronise those that a surgery adds."""
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise SurgeryError(
+                "do the surgery on model.module, then wrap the result in DistributedDataParallel"
+            )
+
+
 def select(sites: Sites, where: Where) -> Sites:
     """The sites that `where` chooses.
 
@@ -116,7 +127,13 @@ def select(sites: Sites, where: Where) -> Sites:
         return sites
     if callable(where):
         return Sites(site for site in sites if where(site))
-    patterns = [where] if isinstance(where, str) else list(where)
+    patterns = (
+        [where] if isinstance(where, str) else list(where) if isinstance(where, (list, tuple, set)) else []
+    )
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(
+            f"where must be a glob pattern, a list of them, or a function of a Site, not {where!r}"
+        )
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(site.path, pattern) for site in sites):
             some = ", ".join(site.path for site in sites[:5]) or "none"
@@ -165,6 +182,7 @@ def find_activations(model: nn.Module, *, kinds: Sequence[str] = k.RELU_FAMILY, 
 
 def activation_sites(model: nn.Module, kinds: Sequence[str], scopes: Scopes) -> list[Found]:
     """All activation sites of a model, with their modules and traces."""
+    check_model(model)
     wanted = tuple(k.kind_named(name).name for name in ([kinds] if isinstance(kinds, str) else kinds))
     spelled = k.spellings(wanted)
     found: list[Found] = []
@@ -290,6 +308,7 @@ def find_skip_sites(model: nn.Module, *, where: Where = None) -> Sites:
 
 def skip_sites(model: nn.Module, scopes: Scopes) -> list[Found]:
     """All units of a model, with their scopes and traces."""
+    check_model(model)
     found: list[Found] = []
     bypassed: dict[int, str] = {}
     for scope, module in model.named_modules():
@@ -313,6 +332,8 @@ def skip_sites(model: nn.Module, scopes: Scopes) -> list[Found]:
             for unit in units_in(case.graph, module):
                 conv = called(unit.conv, module)
                 left = bypassed.get(id(module), unit.left)
+                if left is None and getattr(type(getattr(conv, "skip", None)), "added_by_tweak", False):
+                    left = "its convolution already has a skip elsewhere"
                 site = Site(scope, str(unit.conv.target), conv_kind(conv), "unit", left=left)
                 units.setdefault(site.name, Found(site, module, trace))
         found += units.values()

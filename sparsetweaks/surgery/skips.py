@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -135,7 +136,8 @@ def inject_skips(
     Returns:
         A new model. Parameters, buffers, masks, hooks, modes, names and classes of all modules are those of `model`,
         which is left untouched. Each skip is a `Skip` module, the child `skip` of its convolution;
-        `sparsity` counts what it adds.
+        `sparsity` counts what it adds. Only forwards change: a method that computes a part of the network and is
+        called directly (`encode`, `forward_features`) still computes what it did.
 
     Raises:
         ValueError: for an unknown shortcut or strength, or a pattern that matches nothing.
@@ -153,7 +155,12 @@ def inject_skips(
         raise ValueError(f"unknown shortcut {shortcut!r}; known: {', '.join(SHORTCUTS)}")
     if isinstance(strength, bool) or not (strength == "learned" or isinstance(strength, (int, float))):
         raise ValueError(f"strength must be a number or 'learned', not {strength!r}")
+    if not isinstance(strength, str) and not math.isfinite(strength):
+        raise ValueError(f"strength must be finite, not {strength!r}")
+    if not isinstance(norm, bool):
+        raise ValueError(f"norm must be True or False, not {norm!r}")
     result = copy_model(model)
+    s.refuse_wrapped(result)
     found = s.skip_sites(result, Scopes())
     chosen = s.select(s.Sites(each.site for each in found), where)
     picked = [each for each in found if each.site in chosen]

@@ -18,6 +18,7 @@ import inspect
 import itertools
 import random
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -43,6 +44,7 @@ _MUTATORS = frozenset(
     [MUTATES, "append", "appendleft", "extend", "insert", "add", "update", "setdefault", "pop", "popleft"]
     + ["popitem", "remove", "clear", "setattr", "__setitem__", "__setattr__"]
 )
+_one_at_a_time = threading.RLock()
 _LIST_FUNCTIONS = ("cat", "concat", "stack")
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 _GLOBAL_MODES = frozenset(
@@ -374,6 +376,7 @@ def _watched(tracer: _Tracer) -> Iterator[None]:
     The answer cannot come from a `__class__` of the proxy: torch's argument parser would believe it, and read a
     tensor that is not there. Activation checkpointing works by saved-tensor hooks, which a trace would leave out.
     """
+    _one_at_a_time.acquire()  # what is put in place of builtins below is there for every thread
     hooks = torch.autograd.graph.saved_tensors_hooks
     is_instance, has, get, enter = builtins.isinstance, builtins.hasattr, builtins.getattr, hooks.__enter__
 
@@ -427,6 +430,7 @@ def _watched(tracer: _Tracer) -> Iterator[None]:
             setattr(torch, name, function)
         builtins.isinstance, builtins.hasattr, builtins.getattr = is_instance, has, get
         hooks.__enter__ = enter  # type: ignore[method-assign]
+        _one_at_a_time.release()
 
 
 def _execution_state() -> tuple[bool, ...]:

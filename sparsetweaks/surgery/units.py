@@ -135,6 +135,8 @@ def _why_no_geometry(conv: nn.Module) -> str | None:
         return "it is a transposed convolution"
     if type(conv).forward not in _CONV_FORWARDS:
         return f"{type(conv).__name__} computes its geometry in a forward of its own"
+    if hasattr(conv, "skip") and not getattr(type(conv.skip), "added_by_tweak", False):
+        return "its convolution has an attribute named skip of its own"
     if any(offset < 0 for offset in geometry_of(conv).offset):
         return "it pads by more than its kernel covers"
     return None

@@ -253,3 +253,10 @@ def test_a_helper_held_by_a_forward_that_cannot_be_traced_is_named():
 
     (site,) = st.find_activations(Holds())
     assert "control flow" in site.left
+
+
+def test_parameters_of_a_new_activation_are_counted_as_added_and_survive_a_rewind():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    swapped = st.swap_activations(st.prune(model, 0.5), nn.PReLU)
+    assert st.sparsity(swapped).added_parameters == 1
+    assert torch.equal(st.rewind(swapped, model.state_dict())[1].weight, swapped[1].weight)

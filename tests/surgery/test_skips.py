@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 import sparsetweaks as st
@@ -267,3 +268,47 @@ def test_a_sequential_that_its_holder_may_slice_or_loop_over_is_left():
 
     reasons = [st.find_skip_sites(Slices(slices))[0].left for slices in (True, False)]
     assert reasons == ["the module that holds it may slice it", "the module that holds it may slice it"]
+
+
+def test_what_the_authors_skips_add_at_97_percent_is_several_times_what_survives():
+    with torch.random.fork_rng():
+        model = st.prune(torchvision.models.resnet18(), 0.97)
+    report = st.sparsity(st.inject_skips(model, shortcut="project-all", strength=1.0))
+    assert 3.5 < report.added_parameters / sum(int(m.sum()) for m in st.find_masks(model).values()) < 4.5
+
+
+def test_a_skip_of_its_own_and_a_shared_convolution_are_named():
+    class Skipping(nn.Conv2d):
+        skip = False
+
+    own = nn.Sequential(Skipping(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+    assert "named skip of its own" in st.find_skip_sites(own)[0].left
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    shared = nn.Sequential(nn.Sequential(conv, nn.BatchNorm2d(4)), nn.Sequential(conv, nn.BatchNorm2d(4)))
+    once = st.inject_skips(shared, where="0.*")
+    assert [site.left for site in st.find_skip_sites(once)] == [
+        "it already has a skip",
+        "its convolution already has a skip elsewhere",
+    ]
+
+
+def test_wrapped_models_and_strange_options_are_refused():
+    model = unit(4, 4, 3, padding=1)
+    with pytest.raises(TypeError, match="got str"):
+        st.inject_skips("model")
+    for options, message in (
+        ({"strength": float("nan")}, "finite"),
+        ({"norm": "bn"}, "True or False"),
+        ({"where": 3}, "glob pattern"),
+        ({"where": []}, "glob pattern"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            st.inject_skips(model, **options)
+
+
+def test_rewritten_sequentials_are_found_again():
+    skipped = st.inject_skips(unit(4, 4, 3, padding=1))
+    assert [site.left for site in st.find_skip_sites(skipped)] == ["it already has a skip"]
+    again = st.swap_activations(skipped, "mish")
+    x = images()
+    torch.testing.assert_close(again(x), F.mish(again[1](again[0](x))))
