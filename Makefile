@@ -6,7 +6,7 @@ READY  := $(VENV)/.installed
 # One thread in each of two test processes: two threads in each is many times slower on two cores.
 ONE    := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-all fuzz lint results clean
+.PHONY: demo test test-all fuzz zoo lint results clean
 
 demo: $(READY)
 	$(BIN)/sparsetweaks demo
@@ -19,6 +19,11 @@ test-all: $(READY) lint
 
 fuzz: $(READY)
 	$(ONE) SPARSETWEAKS_FUZZ=20000 $(BIN)/python -m pytest -q -n 2 tests/properties
+
+# The sweep over other people's models, e.g. `make zoo ZOO="--family timm --filter 'resnet*'"`; it resumes.
+zoo: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,zoo]"
+	$(ONE) $(BIN)/python benchmarks/zoo.py $(ZOO)
 
 results: $(READY)
 	$(BIN)/python experiments/report.py
