@@ -79,6 +79,9 @@ PATIENCE = 4
 """A model is given up after this many times its limit of CPU seconds on the clock."""
 
 SPARSITY = 0.5
+LAYERS = ("conv", "linear")
+"""Skips are injected around units of both kinds."""
+
 HERE = Path(__file__).resolve().parent
 
 COLUMNS = (
@@ -233,7 +236,9 @@ def checksum(tensor: torch.Tensor) -> int:
     if tensor.is_meta or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
         return 0
     plain = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return zlib.crc32(plain.numpy())
+    return zlib.crc32(
+        plain.clone().numpy()
+    )  # a clone, as a storage that NumPy has seen can no longer be resized
 
 
 def kept(before: nn.Module, after: nn.Module, *, added: bool) -> str:
@@ -432,7 +437,7 @@ class Examination:
         before = fingerprint(model)
         swapped = self.surgery("swap to the same", lambda: self.swap(model), model, before, added=False)
         if swapped is not None:
-            second = lambda: st.inject_skips(swapped, strength=0.0)
+            second = lambda: st.inject_skips(swapped, layers=LAYERS, strength=0.0)
             swapped = self.surgery("inject 0 after swap", second, model, before)
         if swapped is not None:
             self.neutral("inject 0 after swap", swapped, specimen, reference, own, train)
@@ -491,12 +496,12 @@ class Examination:
         return swap_same(model, found)
 
     def inject(self, model: nn.Module) -> nn.Module:
-        sites = st.find_skip_sites(model)
+        sites = st.find_skip_sites(model, layers=LAYERS)
         self.count("skips", sites)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             result, self.row["cpu_seconds_inject"], self.row["peak_memory_over_model"] = measured(
-                lambda: st.inject_skips(model), model
+                lambda: st.inject_skips(model, layers=LAYERS), model
             )
         self.warned("inject", caught, sites)
         return result
@@ -608,7 +613,8 @@ class Examination:
         self.measure_copy(model)
         swapped = self.surgery("swap to the same", lambda: self.swap(model), model, before, added=False)
         if swapped is not None:
-            self.surgery("inject 0 after swap", lambda: st.inject_skips(swapped, strength=0.0), model, before)
+            second = lambda: st.inject_skips(swapped, layers=LAYERS, strength=0.0)
+            self.surgery("inject 0 after swap", second, model, before)
         self.surgery("inject learned", lambda: self.inject(model), model, before)
         self.surgery("swap to mish", lambda: self.to_mish(model), model, before, added=False)
         verdict = self.verdict()

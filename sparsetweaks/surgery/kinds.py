@@ -76,6 +76,15 @@ def kind_of_module(module: nn.Module) -> Kind | None:
     return None
 
 
+def is_activation_module(module: nn.Module) -> bool:
+    """Whether a module is an activation, also one that other libraries wrote (`GELUActivation`, `QuickGELU`)."""
+    if kind_of_module(module) is not None:
+        return True
+    bare = not (module._parameters or module._buffers or module._modules)
+    name = type(module).__name__.lower()
+    return bare and (name.endswith("activation") or any(kind in name for kind in (*KINDS, *ALIASES)))
+
+
 def kind_of_function(function: object) -> Kind | None:
     """The kind of an activation function, also with some arguments given by `functools.partial`."""
     if isinstance(function, functools.partial):

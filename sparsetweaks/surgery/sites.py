@@ -19,7 +19,7 @@ from sparsetweaks.surgery import kinds as k
 from sparsetweaks.surgery.dataflow import called, is_observed, is_overwritten
 from sparsetweaks.surgery.programs import Trace, Untraceable
 from sparsetweaks.surgery.scopes import LOOPS, SLICES, Scopes, is_scope
-from sparsetweaks.surgery.units import conv_kind, is_conv, units_in
+from sparsetweaks.surgery.units import kind_of_layer, layer_types, units_in
 
 Where = Callable[["Site"], bool] | str | Sequence[str] | None
 """Which sites: all (None), a glob pattern or several on `Site.path`, or a predicate on the `Site`."""
@@ -32,7 +32,7 @@ class Site:
     Attributes:
         scope: name of the module whose forward holds the site ("" is the model itself).
         name: the child module there, or the name of the call in the traced forward (`relu_1`).
-        kind: an activation's name, or "kept" / "changed" for a unit whose convolution keeps the shape or not.
+        kind: an activation's name, or "kept" / "changed" for a unit whose layer keeps the shape or not.
         form: "module", "function", "method", "attribute" or "unit".
         in_place: whether an activation overwrites its input.
         left: None, or the reason why the site stays as it is.
@@ -281,60 +281,61 @@ def _split(path: str) -> tuple[str, str]:
 # -------------------------------------------------------------------------------------------------------- skips
 
 
-def find_skip_sites(model: nn.Module, *, where: Where = None) -> Sites:
+def find_skip_sites(
+    model: nn.Module, *, layers: str | Sequence[str] = ("conv",), where: Where = None
+) -> Sites:
     """Preview of `inject_skips`: every unit that can get a skip connection (paper, section 3.1 and figure 3).
 
-    A unit is a convolution and the normalisation that directly follows it, or a convolution that an activation
-    follows directly. Its site is named after the convolution. `kind` says whether the convolution keeps the shape
+    A unit is a convolution (or linear layer, by `layers`) and the normalisation that directly follows it, or one that
+    an activation follows directly. Its site is named after that layer. `kind` says whether the layer keeps the shape
     ("kept", an identity fits) or not ("changed", a shortcut must adapt it), from its own geometry alone.
 
     Args:
         model: any module; it is not changed.
+        layers: around which layers, of "conv" and "linear"; default: convolutions, as in the paper. For MLPs and
+            Transformers say `layers="linear"`.
         where: glob pattern(s) on `Site.path`, or a predicate on `Site`.
 
     Returns:
         The sites; those with a `left` reason cannot be rewritten, e.g. where a residual already spans the unit.
 
     Raises:
-        ValueError: for a pattern that matches nothing.
+        ValueError: for an unknown kind of layer, or a pattern that matches nothing.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.BatchNorm2d(8))
         >>> print(find_skip_sites(model))
         0 (kept, unit)
     """
-    return select(Sites(found.site for found in skip_sites(model, Scopes())), where)
+    return select(Sites(found.site for found in skip_sites(model, layer_types(layers), Scopes())), where)
 
 
-def skip_sites(model: nn.Module, scopes: Scopes) -> list[Found]:
-    """All units of a model, with their scopes and traces."""
+def skip_sites(model: nn.Module, types: tuple[type[nn.Module], ...], scopes: Scopes) -> list[Found]:
+    """All units of a model around layers of these types, with their scopes and traces."""
     check_model(model)
     found: list[Found] = []
     bypassed: dict[int, str] = {}
     for scope, module in model.named_modules():
-        if not is_scope(module) or not any(map(is_conv, module.modules())):
+        if not is_scope(module) or not any(isinstance(child, types) for child in module.modules()):
             continue
         try:
             trace = scopes.trace(module)
         except Untraceable as reason:
             bypassed.update(_perhaps_bypassed(module, scopes.names(module)))
-            own = [name for name, child in module.named_children() if is_conv(child)]
             found += [
-                Found(
-                    Site(scope, name, conv_kind(module.get_submodule(name)), "unit", left=str(reason)),
-                    module,
-                )
-                for name in own
+                Found(Site(scope, name, kind_of_layer(child), "unit", left=str(reason)), module)
+                for name, child in module.named_children()
+                if isinstance(child, types)
             ]
             continue
         units: dict[str, Found] = {}
         for case in trace.cases:
-            for unit in units_in(case.graph, module):
-                conv = called(unit.conv, module)
+            for unit in units_in(case.graph, module, types):
+                layer = called(unit.layer, module)
                 left = bypassed.get(id(module), unit.left)
-                if left is None and getattr(type(getattr(conv, "skip", None)), "added_by_tweak", False):
-                    left = "its convolution already has a skip elsewhere"
-                site = Site(scope, str(unit.conv.target), conv_kind(conv), "unit", left=left)
+                if left is None and getattr(type(getattr(layer, "skip", None)), "added_by_tweak", False):
+                    left = "its layer already has a skip elsewhere"
+                site = Site(scope, str(unit.layer.target), kind_of_layer(layer), "unit", left=left)
                 units.setdefault(site.name, Found(site, module, trace))
         found += units.values()
     return found

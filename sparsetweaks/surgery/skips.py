@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,21 +17,21 @@ from sparsetweaks.surgery import sites as s
 from sparsetweaks.surgery.dataflow import first_input
 from sparsetweaks.surgery.programs import rewrite
 from sparsetweaks.surgery.scopes import Scopes
-from sparsetweaks.surgery.units import Geometry, geometry_of, units_in
+from sparsetweaks.surgery.units import Geometry, geometry_of, layer_types, units_in
 
 SHORTCUTS = ("pad", "projection", "project-all", "none")
 PROJECTION_INIT = 1e-4
 """The constant that the authors' code gives the weights of its 1x1 convolutions."""
 
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_NORMS = {0: nn.LayerNorm, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 class Skip(nn.Module):
     """Adds a unit's input to its output: `output + strength * shortcut(input)`.
 
-    Lives as the child `skip` of the unit's convolution, so its names are predictable (`conv1.skip.strength`) and it
-    follows the convolution wherever that goes. Parameter-free unless it projects, normalises or learns its strength.
+    Lives as the child `skip` of the unit's layer, so its names are predictable (`conv1.skip.strength`) and it
+    follows the layer wherever that goes. Parameter-free unless it projects, normalises or learns its strength.
     """
 
     added_by_tweak = True
@@ -52,7 +53,8 @@ class Skip(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if project:
             channels = (geometry.in_channels, geometry.out_channels)
-            self.projection = nn.utils.skip_init(_CONVS[self.rank], *channels, 1, bias=False, **factory)
+            layer = (_CONVS[self.rank], *channels, 1) if self.rank else (nn.Linear, *channels)
+            self.projection = nn.utils.skip_init(*layer, bias=False, **factory)
             nn.init.constant_(self.projection.weight, PROJECTION_INIT)
         else:
             self.projection = None
@@ -97,20 +99,24 @@ def match_channels(input: torch.Tensor, channels: int, rank: int) -> torch.Tenso
     extra = channels - input.shape[-rank - 1]
     if extra >= 0:
         return F.pad(input, (0, 0) * rank + (0, extra))
-    if input.is_contiguous():  # pool where the channels stand, so that gradients keep the memory format too
+    if (
+        rank and input.is_contiguous()
+    ):  # pool where the channels stand, so that gradients keep the memory format too
         space = input.shape[-rank:]
         pooled = F.adaptive_avg_pool2d(
             input.reshape(-1, 1, input.shape[-rank - 1], space.numel()), (channels, None)
         )
         return pooled.reshape(*input.shape[: -rank - 1], channels, *space)
     last = input.movedim(-rank - 1, -1)
-    pooled = F.adaptive_avg_pool1d(last.flatten(0, -3) if last.dim() > 3 else last, channels)
+    flat = last.flatten(0, -3) if last.dim() > 3 else last if last.dim() > 1 else last.unsqueeze(0)
+    pooled = F.adaptive_avg_pool1d(flat, channels)
     return pooled.view(*last.shape[:-1], channels).movedim(-1, -rank - 1)
 
 
 def inject_skips(
     model: Model,
     *,
+    layers: str | Sequence[str] = ("conv",),
     where: s.Where = None,
     shortcut: str = "pad",
     norm: bool = False,
@@ -120,27 +126,29 @@ def inject_skips(
 
     Each skip adds the unit's input to the unit's output, before the activation and beside any residual that is
     already there. What `find_skip_sites` lists is what gets one. A unit that a residual already spans exactly is
-    left as it is.
+    left as it is. `layers="linear"` does the same around the linear layers of MLPs and Transformers.
 
     Args:
         model: any module, masked or not, in any mask form.
+        layers: around which layers, of "conv" and "linear"; default: convolutions, as in the paper.
         where: glob pattern(s) on a site's path, or a predicate on a `Site`; default: every unit.
         shortcut: what a unit that changes the shape gets. "pad": strided subsampling with channels padded by zeros
-            or averaged, no parameters (He et al. 2015, option A). "projection": 1x1 convolution and BatchNorm.
-            "project-all": the same also where an identity would fit, as in the authors' released code.
-            "none": no skip there.
-        norm: whether each skip passes through a BatchNorm of its own (2C parameters, as in RepVGG).
+            or averaged, no parameters (He et al. 2015, option A). "projection": 1x1 convolution and BatchNorm (around
+            linear layers a linear map and LayerNorm). "project-all": the same also where an identity would fit, as in
+            the authors' released code. "none": no skip there.
+        norm: whether each skip passes through a BatchNorm of its own (2C parameters, as in RepVGG); a LayerNorm
+            around linear layers.
         strength: factor of the skip. A number (0 changes nothing at all), or "learned": one scalar per skip that
             starts at 0, so the network is at first exactly what it was (SkipInit, ReZero).
 
     Returns:
         A new model. Parameters, buffers, masks, hooks, modes, names and classes of all modules are those of `model`,
-        which is left untouched. Each skip is a `Skip` module, the child `skip` of its convolution;
+        which is left untouched. Each skip is a `Skip` module, the child `skip` of its layer;
         `sparsity` counts what it adds. Only forwards change: a method that computes a part of the network and is
         called directly (`encode`, `forward_features`) still computes what it did.
 
     Raises:
-        ValueError: for an unknown shortcut or strength, or a pattern that matches nothing.
+        ValueError: for an unknown layer, shortcut or strength, or a pattern that matches nothing.
 
     Warns:
         NoEffectWarning: if there is no unit that can get a skip.
@@ -159,54 +167,55 @@ def inject_skips(
         raise ValueError(f"strength must be finite, not {strength!r}")
     if not isinstance(norm, bool):
         raise ValueError(f"norm must be True or False, not {norm!r}")
+    types = layer_types(layers)
     result = copy_model(model)
     s.refuse_wrapped(result)
-    found = s.skip_sites(result, Scopes())
+    found = s.skip_sites(result, types, Scopes())
     chosen = s.select(s.Sites(each.site for each in found), where)
     picked = [each for each in found if each.site in chosen]
     wanted = [each for each in picked if shortcut != "none" or each.site.kind == "kept"]
     done = [each for each in wanted if each.site.left is None]
     if not done:
-        first = f"; the first: {wanted[0].site}" if wanted else ""
+        hint = f"the first: {wanted[0].site}" if wanted else "see find_skip_sites and layers="
         text = (
-            f"the model has no unit that can get a skip ({len(wanted)} chosen): nothing was injected{first}"
+            f"the model has no unit that can get a skip ({len(wanted)} chosen): nothing was injected; {hint}"
         )
         warnings.warn(text, NoEffectWarning, stacklevel=2)
     scopes: dict[int, list[s.Found]] = {}
     for each in done:
-        conv = each.module.get_submodule(each.site.name)
-        if not hasattr(conv, "skip"):
-            conv.add_module("skip", _skip_for(conv, shortcut, norm, strength))
+        layer = each.module.get_submodule(each.site.name)
+        if not hasattr(layer, "skip"):
+            layer.add_module("skip", _skip_for(layer, shortcut, norm, strength))
         scopes.setdefault(id(each.module), []).append(each)
     for group in scopes.values():
-        _inject(group)
+        _inject(group, types)
     rewritten = s.Sites(each.site for each in done)
     s.record_change(result, f"inject_skips, shortcut {shortcut}, strength {strength}", rewritten, chosen.left)
     return result
 
 
-def _skip_for(conv: nn.Module, shortcut: str, norm: bool, strength: float | str) -> Skip:
-    geometry = geometry_of(conv)
+def _skip_for(layer: nn.Module, shortcut: str, norm: bool, strength: float | str) -> Skip:
+    geometry = geometry_of(layer)
     project = shortcut == "project-all" or (shortcut == "projection" and not geometry.keeps_shape)
-    weight = next(conv.parameters())
+    weight = next(layer.parameters())
     options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     skip = Skip(geometry, project=project, norm=norm, strength=strength, **options)
-    return skip.train(conv.training)
+    return skip.train(layer.training)
 
 
-def _inject(group: list[s.Found]) -> None:
+def _inject(group: list[s.Found], types: tuple[type[nn.Module], ...]) -> None:
     """Call the skips in one scope's forward."""
     scope, trace = group[0].module, group[0].trace
     assert trace is not None
     names = frozenset(each.site.name for each in group)
 
     def edit(graph: fx.Graph) -> None:
-        for unit in list(units_in(graph, scope)):
-            if str(unit.conv.target) not in names or unit.left is not None:
+        for unit in list(units_in(graph, scope, types)):
+            if str(unit.layer.target) not in names or unit.left is not None:
                 continue
             with graph.inserting_after(unit.output):
-                skip = graph.call_module(f"{unit.conv.target}.skip")
+                skip = graph.call_module(f"{unit.layer.target}.skip")
             unit.output.replace_all_uses_with(skip)
-            skip.args = (first_input(unit.conv), unit.output)
+            skip.args = (first_input(unit.layer), unit.output)
 
     rewrite(scope, trace, ("skip", names), edit)

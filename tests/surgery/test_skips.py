@@ -288,7 +288,7 @@ def test_a_skip_of_its_own_and_a_shared_convolution_are_named():
     once = st.inject_skips(shared, where="0.*")
     assert [site.left for site in st.find_skip_sites(once)] == [
         "it already has a skip",
-        "its convolution already has a skip elsewhere",
+        "its layer already has a skip elsewhere",
     ]
 
 
@@ -312,3 +312,82 @@ def test_rewritten_sequentials_are_found_again():
     again = st.swap_activations(skipped, "mish")
     x = images()
     torch.testing.assert_close(again(x), F.mish(again[1](again[0](x))))
+
+
+class QuickGELU(nn.Module):
+    """An activation as other libraries write them."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class FeedForward(nn.Module):
+    """The MLP of a Transformer block: a linear layer that an activation follows, and one that nothing follows."""
+
+    def __init__(self, width: int, activation: nn.Module | None):
+        super().__init__()
+        self.up, self.down, self.activation = nn.Linear(6, width), nn.Linear(width, 6), activation
+
+    def forward(self, x):
+        hidden = self.up(x)
+        hidden = F.gelu(hidden) if self.activation is None else self.activation(hidden)
+        return x + self.down(hidden)
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.GELU(), QuickGELU(), None], ids=["module", "of others", "function"]
+)
+@pytest.mark.parametrize("width", [3, 6, 8])
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 5, 6), (2, 3, 5, 6)], ids=str)
+def test_linear_units_get_skips_on_request(activation, width, shape):
+    model, x = FeedForward(width, activation), torch.randn(shape)
+    assert not st.find_skip_sites(model)
+    (site,) = st.find_skip_sites(model, layers="linear")
+    assert (site.path, site.kind) == ("up", "kept" if width == 6 else "changed")
+    skipped = st.inject_skips(model, layers="linear", strength=0.5)
+    kept = F.pad(x, (0, width - 6)) if width >= 6 else x.unflatten(-1, (width, -1)).mean(-1)
+    hidden = model.up(x) + 0.5 * kept
+    hidden = F.gelu(hidden) if activation is None else activation(hidden)
+    torch.testing.assert_close(skipped(x), x + model.down(hidden))
+    assert torch.equal(st.inject_skips(model, layers="linear")(x), model(x))
+
+
+def test_a_linear_unit_ends_after_its_norm_and_projects_as_asked():
+    model, x = (
+        nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 2)),
+        torch.randn(3, 5, 6),
+    )
+    projected = st.inject_skips(model, layers=["linear"], shortcut="projection", strength=1.0)
+    skip = projected[0].skip
+    assert isinstance(skip.projection, nn.Linear) and isinstance(skip.norm, nn.LayerNorm)
+    expected = model[3](F.relu(model[1](model[0](x)) + skip.norm(skip.projection(x))))
+    torch.testing.assert_close(projected(x), expected)
+    same = st.inject_skips(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), layers="linear", norm=True)
+    assert isinstance(same[0].skip.norm, nn.LayerNorm) and same[0].skip.projection is None
+
+
+def test_both_kinds_of_layers_at_once_and_wrong_ones():
+    model = nn.Sequential(*unit(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 81, 8), nn.ReLU())
+    assert [site.path for site in st.find_skip_sites(model, layers=("conv", "linear"))] == ["0", "4"]
+    skipped = st.inject_skips(model, layers=("conv", "linear"))
+    x = images()
+    assert torch.equal(skipped(x), model(x))
+    for wrong in ("dense", (), ("conv", "dense")):
+        with pytest.raises(ValueError, match="'conv', 'linear'"):
+            st.find_skip_sites(model, layers=wrong)
+        with pytest.raises(ValueError, match="'conv', 'linear'"):
+            st.inject_skips(model, layers=wrong)
+    with pytest.warns(st.NoEffectWarning, match="layers="):
+        st.inject_skips(FeedForward(8, None))
+
+
+def test_every_mlp_of_a_vision_transformer_gets_a_skip():
+    model = torchvision.models.VisionTransformer(
+        image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16, num_classes=3
+    )
+    skipped = st.inject_skips(st.prune(model, 0.5, layers="linear"), layers="linear")
+    (change,) = st.changes(skipped)
+    assert [site.path for site in change.rewritten] == [
+        f"encoder.layers.encoder_layer_{i}.mlp.0" for i in (0, 1)
+    ]
+    assert sum(parameter.numel() for name, parameter in skipped.named_parameters() if "skip" in name) == 2
