@@ -21,8 +21,15 @@ Status of a row:
     wrong           a check did not hold: a bug of sparsetweaks
     exception       a surgery raised: a bug of sparsetweaks
     model fails     the model does not build, run or copy here by itself; its own error is the note
-    structure only  too large to run here: surgeries on the meta device, names and counts checked
+    structure only  too large to run here, and with rewritten forwards that no run has proven: see below
     timeout, crash  no verdict; the note says at which step
+
+How a row was proven:
+    run         the model ran here, before and after, in eval and (unless the note says otherwise) in train mode
+    alike       a large model (over 30 million parameters), operated on the meta device: names, counts and previews were
+                checked, and every forward that was rewritten in it is, but for numbers such as widths, one that a
+                smaller model of the same family ran and proved ("proves" counts those that a row was the first to prove)
+    structure   as alike, but with forwards that no run has proven, in a model too large to run here
 
 Rows whose engine (a hash of the surgery's and the sweep's source) and library versions are current are not remade.
 """
@@ -43,6 +50,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import sys
 import time
@@ -68,6 +76,12 @@ from sparsetweaks.surgery import sites as s
 LARGE = 150_000_000
 """Models with more parameters are only looked at on the meta device."""
 
+MEDIUM = 30_000_000
+"""Models with more parameters need not run if all forwards that are rewritten in them were proven by smaller ones."""
+
+QUICK = 1.0
+"""CPU seconds: models that run faster than this run in train mode with learned skips, too."""
+
 MEMORY = 8 * 2**30
 """Bytes of address space beyond the parent's that one model may take."""
 
@@ -88,6 +102,8 @@ COLUMNS = (
     "family",
     "model",
     "status",
+    "proof",
+    "proves",
     "parameters",
     "relu_found",
     "activations_found",
@@ -347,8 +363,12 @@ class CountActivations(TorchDispatchMode):
 class Examination:
     """All checks of one model; fills its row."""
 
-    def __init__(self, family: str, name: str, seconds: float, tell: Callable[[str], None]):
-        self.family, self.name, self.seconds, self.tell = family, name, seconds, tell
+    def __init__(
+        self, family: str, name: str, seconds: float, proven: frozenset[str], tell: Callable[[str], None]
+    ):
+        self.family, self.name, self.seconds, self.proven, self.tell = family, name, seconds, proven, tell
+        self.bodies: set[str] = set()
+        self.own: dict[str, float] | None = None
         self.row: dict[str, Any] = {"family": family, "model": name, "torch": torch.__version__}
         self.wrong: list[str] = []
         self.raised: list[str] = []
@@ -366,8 +386,11 @@ class Examination:
     def examine(self, started: float) -> str:
         self.tell("building on meta")
         parameters = count_parameters(self.family, self.name)
-        if parameters is not None and parameters > LARGE:
-            return self.structure_only()
+        if parameters is not None and parameters > MEDIUM:
+            verdict = self.structure_only()
+            if verdict != "structure only" or parameters > LARGE:
+                return verdict
+            self.notes, self.bodies = [], set()
         specimen, model, reference = self.find_specimen()
         self.row |= {"parameters": sum(each.numel() for each in model.parameters()), "input": specimen.text}
         train = reference.train is not None and (time.process_time() - started) * 6 < self.seconds
@@ -375,8 +398,12 @@ class Examination:
             error = reference.train_error
             self.notes.append(f"train mode fails by itself: {error}" if error else "eval only: slow")
             reference.train = reference.buffers = reference.gradients = None
+        self.row["proof"] = "run"
         self.check_surgeries(model, specimen, reference, train)
-        return self.verdict()
+        verdict = self.verdict()
+        if verdict in ("ok", "left", "missed"):
+            self.row["bodies"] = self.bodies
+        return verdict
 
     def verdict(self) -> str:
         if self.raised:
@@ -402,11 +429,13 @@ class Examination:
                 continue
             model = self.masked(model)
             self.tell(f"running by itself, {specimen.text}")
+            started = time.process_time()
             try:
                 reference = run(copy.deepcopy(model), specimen)
             except Exception as error:
                 errors.append(one_line(error))
                 continue
+            self.quick = time.process_time() - started < QUICK
             if reference.train is not None:
                 return specimen, model, reference
             fallback = fallback or (specimen, model, reference)
@@ -429,10 +458,6 @@ class Examination:
     # -- the checks
 
     def check_surgeries(self, model: nn.Module, specimen: Any, reference: Run, train: bool) -> None:
-        self.tell("running a copy of the original")
-        own = self.compare(reference, run(copy.deepcopy(model), specimen, train=train), record=False)
-        if any(own.values()):
-            self.notes.append(f"the model differs from its own copy: {own}")
         self.measure_copy(model)
         before = fingerprint(model)
         swapped = self.surgery("swap to the same", lambda: self.swap(model), model, before, added=False)
@@ -440,14 +465,16 @@ class Examination:
             second = lambda: st.inject_skips(swapped, layers=LAYERS, strength=0.0)
             swapped = self.surgery("inject 0 after swap", second, model, before)
         if swapped is not None:
-            self.neutral("inject 0 after swap", swapped, specimen, reference, own, train)
+            self.bodies = bodies(swapped)
+            self.neutral("inject 0 after swap", swapped, model, specimen, reference, train)
             swapped = None
         learned = self.surgery("inject learned", lambda: self.inject(model), model, before)
         if learned is not None:
             again = self.round_trip(model, learned)
-            self.neutral("inject learned", learned, specimen, reference, own, train)
+            if self.quick or again is None:
+                self.neutral("inject learned", learned, model, specimen, reference, train and self.quick)
             if again is not None:
-                self.neutral("pickled", again, specimen, reference, own, False)
+                self.neutral("pickled", again, model, specimen, reference, False)
             learned = again = None
         mish = self.surgery("swap to mish", lambda: self.to_mish(model), model, before, added=False)
         if mish is not None:
@@ -532,7 +559,13 @@ class Examination:
         _, self.row["cpu_seconds_copy"], _ = measured(lambda: copy.deepcopy(model), model)
 
     def neutral(
-        self, what: str, result: nn.Module, specimen: Any, reference: Run, own: dict, train: bool
+        self,
+        what: str,
+        result: nn.Module,
+        model: nn.Module,
+        specimen: Any,
+        reference: Run,
+        train: bool,
     ) -> None:
         """At its neutral setting a surgery changes nothing, bit for bit."""
         self.tell(f"running after {what}")
@@ -546,13 +579,22 @@ class Examination:
             self.wrong.append(f"{what}: train run raises {outcome.train_error}")
             return
         for kind, value in self.compare(reference, outcome).items():
-            if value <= 10 * own[kind]:
+            if value == 0 or value <= 10 * self.own_difference(model, specimen, reference).get(kind, 0.0):
                 continue
             text = f"{what}: {kind} differs by {value:.3g}"
             rounding = (
                 kind == "gradient" and "learned" in what and value <= ROUNDING * largest(reference.gradients)
             )
             (self.notes if rounding else self.wrong).append(f"{text} (rounding)" if rounding else text)
+
+    def own_difference(self, model: nn.Module, specimen: Any, reference: Run) -> dict[str, float]:
+        """How far two runs of the original are apart by themselves; asked only when a surgery's run differs."""
+        if self.own is None:
+            outcome = run(copy.deepcopy(model), specimen, train=reference.train is not None)
+            self.own = self.compare(reference, outcome, record=False)
+            if any(self.own.values()):
+                self.notes.append(f"the model differs from its own copy: {self.own}")
+        return self.own
 
     def compare(self, reference: Run, outcome: Run, *, record: bool = True) -> dict[str, float]:
         found = {"eval": difference(reference.eval, outcome.eval)}
@@ -614,11 +656,24 @@ class Examination:
         swapped = self.surgery("swap to the same", lambda: self.swap(model), model, before, added=False)
         if swapped is not None:
             second = lambda: st.inject_skips(swapped, layers=LAYERS, strength=0.0)
-            self.surgery("inject 0 after swap", second, model, before)
+            swapped = self.surgery("inject 0 after swap", second, model, before)
         self.surgery("inject learned", lambda: self.inject(model), model, before)
         self.surgery("swap to mish", lambda: self.to_mish(model), model, before, added=False)
         verdict = self.verdict()
-        return verdict if verdict in ("wrong", "exception") else "structure only"
+        if swapped is None or verdict in ("wrong", "exception"):
+            return verdict
+        unproven = bodies(swapped) - self.proven
+        self.row["proof"] = "structure" if unproven else "alike"
+        if unproven:
+            self.notes.append(f"{len(unproven)} of its rewritten forwards are not proven by a run")
+        return "structure only" if unproven else verdict
+
+
+def bodies(model: nn.Module) -> set[str]:
+    """A digest of each rewritten forward of a model, in which every number stands for any number."""
+    found = {m for m in model.modules() if isinstance(m, programs.Rewritten)}
+    texts = {f"{m._original.__module__} {m._original.__qualname__} {m._program.source}" for m in found}
+    return {hashlib.sha256(re.sub(r"\d+", "#", text).encode()).hexdigest()[:8] for text in texts}
 
 
 def build_on_meta(family: str, name: str) -> nn.Module:
@@ -704,10 +759,12 @@ def engine() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:10]
 
 
-def examine_apart(family: str, name: str, seconds: float) -> dict[str, Any]:
+def examine_apart(family: str, name: str, seconds: float, proven: frozenset[str]) -> dict[str, Any]:
     """One model in a forked process, so that a crash, a hang or a lack of memory costs only its row."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(family, name, seconds, sender))
+    process = multiprocessing.get_context("fork").Process(
+        target=_child, args=(family, name, seconds, proven, sender)
+    )
     process.start()
     sender.close()
     step, deadline = "starting", time.monotonic() + PATIENCE * seconds
@@ -731,14 +788,14 @@ def examine_apart(family: str, name: str, seconds: float) -> dict[str, Any]:
     return row
 
 
-def _child(family: str, name: str, seconds: float, sender: Any) -> None:
+def _child(family: str, name: str, seconds: float, proven: frozenset[str], sender: Any) -> None:
     torch.set_num_threads(1)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            sender.send(Examination(family, name, seconds, sender.send)())
+            sender.send(Examination(family, name, seconds, proven, sender.send)())
         except Exception as error:  # the sweep's own fault, or memory: still a row, never an end
             traceback.print_exc()
             status = "model fails" if "memory" in str(error).lower() else "exception"
@@ -775,6 +832,8 @@ def sweep(
         zoo_models.preload(family)
         gc.freeze()  # a forked child need not look through the imported libraries
         library = zoo_models.library(family)
+        current_rows = [r for r in rows.values() if (r["family"], r["engine"]) == (family, current)]
+        proven = {digest for r in current_rows for digest in (r.get("proves") or "").split()}
         for name in zoo_models.names(family):
             old = rows.get((family, name), {})
             fresh = (old.get("engine"), old.get("torch"), old.get("library")) == (
@@ -786,7 +845,10 @@ def sweep(
                 continue
             if time.monotonic() - started > limit:
                 return
-            row = examine_apart(family, name, seconds)
+            row = examine_apart(family, name, seconds, frozenset(proven))
+            new = row.pop("bodies", set()) - proven
+            proven |= new
+            row["proves"] = " ".join(sorted(new))
             row |= {"torch": torch.__version__, "library": library, "engine": current}
             rows[family, name] = row
             write(path, rows.values())

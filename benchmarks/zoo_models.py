@@ -121,12 +121,9 @@ def _torchvision_specimens(name: str) -> Iterator[Specimen]:
             name, {}, _pairs(128), "2 pairs of 128x128", lambda generator: {"num_flow_updates": 2}
         )
     elif _like(name, _VIDEO):
-        for options, frames, size in (({}, 8, 64), ({}, 16, 112), ({}, 16, 224)):
-            if name.startswith("mvit"):
-                options = {"spatial_size": (size, size), "temporal_size": frames}
-            yield _torchvision(
-                name, options, _images(2, 3, frames, size, size), f"2x3x{frames}x{size}x{size}"
-            )
+        for count, frames, size in ((2, 8, 64), (2, 16, 112), (1, 16, 224)):
+            shape = (count, 3, frames, size, size)
+            yield _torchvision(name, {}, _images(*shape), "x".join(map(str, shape)))
     else:
         for size in (64, 96, 128, 224, 299):
             options = (
