@@ -423,7 +423,6 @@ class Examination:
             try:
                 torch.manual_seed(0)
                 model = shake(specimen.build())
-                copy.deepcopy(model)
             except Exception as error:
                 errors.append(one_line(error))
                 continue
@@ -431,7 +430,7 @@ class Examination:
             self.tell(f"running by itself, {specimen.text}")
             started = time.process_time()
             try:
-                reference = run(copy.deepcopy(model), specimen)
+                reference = run(self.twin(model), specimen)
             except Exception as error:
                 errors.append(one_line(error))
                 continue
@@ -444,6 +443,15 @@ class Examination:
                 errors[0] if len(errors) == 1 else " | ".join(dict.fromkeys(errors[-1:] + errors))
             )
         return fallback
+
+    def twin(self, model: nn.Module) -> nn.Module:
+        """A copy to run, made by torch itself where it can."""
+        try:
+            return copy.deepcopy(model)
+        except Exception as error:
+            note = f"cannot be copied by torch itself: {one_line(error)}"
+            self.notes += [note] if note not in self.notes else []
+            return st.copy_model(model)
 
     def masked(self, model: nn.Module) -> nn.Module:
         """The model with half of its prunable weights masked; a model without any stays dense."""
@@ -556,7 +564,7 @@ class Examination:
         self.row["reasons"] = "; ".join(each for each in (self.row.get("reasons", ""), text) if each)
 
     def measure_copy(self, model: nn.Module) -> None:
-        _, self.row["cpu_seconds_copy"], _ = measured(lambda: copy.deepcopy(model), model)
+        _, self.row["cpu_seconds_copy"], _ = measured(lambda: self.twin(model), model)
 
     def neutral(
         self,
@@ -590,7 +598,7 @@ class Examination:
     def own_difference(self, model: nn.Module, specimen: Any, reference: Run) -> dict[str, float]:
         """How far two runs of the original are apart by themselves; asked only when a surgery's run differs."""
         if self.own is None:
-            outcome = run(copy.deepcopy(model), specimen, train=reference.train is not None)
+            outcome = run(self.twin(model), specimen, train=reference.train is not None)
             self.own = self.compare(reference, outcome, record=False)
             if any(self.own.values()):
                 self.notes.append(f"the model differs from its own copy: {self.own}")

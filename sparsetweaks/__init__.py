@@ -8,6 +8,7 @@ from sparsetweaks.pruning import prune
 from sparsetweaks.recipe.labels import SoftLabelLoss, distillation_loss, smooth_labels
 from sparsetweaks.recipe.layer_scales import find_layer_scales, learn_layer_scales, scale_layers
 from sparsetweaks.surgery.activations import swap_activations
+from sparsetweaks.surgery.ghosts import anneal_ghosts, remove_ghosts
 from sparsetweaks.surgery.sites import changes, find_activations, find_skip_sites
 from sparsetweaks.surgery.skips import inject_skips
 from sparsetweaks.tweaks import tweak
@@ -16,6 +17,7 @@ __all__ = [
     "NoEffectWarning",
     "SoftLabelLoss",
     "SurgeryError",
+    "anneal_ghosts",
     "apply_masks",
     "changes",
     "copy_model",
@@ -29,6 +31,7 @@ __all__ = [
     "learn_layer_scales",
     "prunable_weights",
     "prune",
+    "remove_ghosts",
     "rewind",
     "scale_layers",
     "smooth_labels",

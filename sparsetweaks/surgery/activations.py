@@ -6,7 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from sparsetweaks.copying import Model, copy_model
 from sparsetweaks.errors import NoEffectWarning, SurgeryError
+from sparsetweaks.surgery import ghosts as g
 from sparsetweaks.surgery import kinds as k
 from sparsetweaks.surgery import sites as s
 from sparsetweaks.surgery.dataflow import first_input
@@ -65,6 +66,7 @@ def swap_activations(
     *,
     kinds: Sequence[str] = k.RELU_FAMILY,
     where: s.Where = None,
+    ghost: bool = False,
 ) -> Model:
     """Replace activations by a smoother one, wherever the model computes them (paper, section 3.1).
 
@@ -83,6 +85,10 @@ def swap_activations(
             cannot be pickled, and so neither can the result).
         kinds: names of the activations to replace; default: the ReLU family (relu, relu6, leaky_relu).
         where: glob pattern(s) on a site's path, or a predicate on a `Site`; default: everywhere.
+        ghost: whether the Swish is there for the early part of training only (ToST, ICML 2022). Its beta is the
+            inverse of a strength, a buffer that starts at 1; `anneal_ghosts` lets that fall to 0, where each site
+            computes its original activation again, slope and limit included (for finite inputs; zeros may differ in
+            sign), and `remove_ghosts` gives the original model back. Swish only, in place of the ReLU family only.
 
     Returns:
         A new model. Parameters, buffers, masks, hooks, modes, names and the classes of all other modules are those
@@ -92,7 +98,8 @@ def swap_activations(
         if any, sit where the activation sits.
 
     Raises:
-        ValueError: for an unknown name, or a pattern that matches nothing.
+        ValueError: for an unknown name, a pattern that matches nothing, or a ghost of anything but Swish for the ReLU
+            family.
 
     Warns:
         NoEffectWarning: if the model holds no such activation that can be swapped.
@@ -106,11 +113,15 @@ def swap_activations(
           (1): SiLU()
         )
     """
-    target = _target(to)
+    target = _ghost_target(to, kinds) if ghost else _target(to)
     result = copy_model(model)
     s.refuse_wrapped(result)
-    scopes = Scopes()
-    found = s.activation_sites(result, kinds, scopes)
+    found = s.activation_sites(result, kinds, Scopes())
+    if ghost:
+        found = [
+            replace(each, site=replace(each.site, left=each.site.left or g.why_no_ghost(each)))
+            for each in found
+        ]
     chosen = s.select(s.Sites(each.site for each in found), where)
     picked = [each for each in found if each.site in chosen]
     done = [each for each in picked if each.site.left is None]
@@ -121,7 +132,7 @@ def swap_activations(
         if each.site.kind == target.name:
             continue  # already what was asked for, with parameters of its own
         if each.site.form == "module":
-            _become(each.module, target.module(each, like))
+            target.replace_module(each, like)
         elif each.site.form == "attribute":
             _set_attribute(each, target, like)
         else:
@@ -154,6 +165,11 @@ class _Target:
     name: str
     make: Callable[[], nn.Module]
     kind: k.Kind | None = None
+    edit = "swap"
+
+    def replace_module(self, found: s.Found, like: torch.Tensor | None) -> None:
+        """Turn the activation module of this site into what it becomes."""
+        _become(found.module, self.module(found, like))
 
     def module(self, found: s.Found, like: torch.Tensor | None) -> nn.Module:
         """A new activation for this site, working in place exactly where it must."""
@@ -173,6 +189,39 @@ class _Target:
         if in_place:
             return InPlace(made)
         return OnCopy(made) if found.overwritten else made
+
+
+class _GhostTarget(_Target):
+    """Every chosen site becomes the ghost of its own activation."""
+
+    edit = g.SWAP_EDIT
+
+    def replace_module(self, found: s.Found, like: torch.Tensor | None) -> None:
+        g.haunt(found.module, self._past(found), like)
+
+    def module(self, found: s.Found, like: torch.Tensor | None) -> nn.Module:
+        kind = k.KINDS[found.site.kind]
+        if found.site.form == "attribute":
+            return g.ghost_of_attribute(kind, found.module, found.site.name, like)
+        (call,) = g.calls_at(found)
+        return g.ghost_of_call(kind, call, replace(self._past(found), was=call), like)
+
+    @staticmethod
+    def _past(found: s.Found) -> g.Past:
+        return g.Past(None, found.overwritten, found.site.in_place and found.observed)
+
+
+def _ghost_target(to: Activation, kinds: Sequence[str]) -> _Target:
+    if not isinstance(to, str) or k.kind_named(to).name != "silu":
+        raise ValueError(
+            f"a ghost is a Swish that becomes the original activation: give to='swish', not {to!r}"
+        )
+    names = [k.kind_named(name).name for name in ([kinds] if isinstance(kinds, str) else kinds)]
+    if others := [name for name in names if name not in k.RELU_FAMILY]:
+        raise ValueError(
+            f"a ghost Swish becomes one of {', '.join(k.RELU_FAMILY)}; kinds has {', '.join(others)}"
+        )
+    return _GhostTarget("ghost silu", nn.SiLU)
 
 
 def _target(to: Activation) -> _Target:
@@ -223,8 +272,9 @@ def _set_attribute(found: s.Found, target: _Target, like: torch.Tensor | None) -
     if target.kind is not None:
         vars(module)[name] = target.kind.function
     else:
+        made = target.module(found, like)
         del vars(module)[name]
-        setattr(module, name, target.module(found, like))
+        setattr(module, name, made)
     if isinstance(module, nn.TransformerEncoderLayer):
         module.activation_relu_or_gelu = 0  # torch's fused kernel knows only relu and gelu
 
@@ -258,7 +308,7 @@ def _swap_calls(group: list[s.Found], target: _Target, like: torch.Tensor | None
             node.replace_all_uses_with(new)
             graph.erase_node(node)
 
-    key = ("swap", target.name, tuple(sorted(in_place.items())), tuple(sorted(children.items())))
+    key = (target.edit, target.name, tuple(sorted(in_place.items())), tuple(sorted(children.items())))
     rewrite(scope, trace, key, edit)
 
 

@@ -17,7 +17,7 @@ import linecache
 import re
 import types
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,10 +57,11 @@ class Trace:
 
 @dataclass(frozen=True)
 class Program:
-    """A rebuilt forward as text, with the attributes that it took as constants."""
+    """A rebuilt forward as text, with the attributes that it took as constants and the edits that led to it."""
 
     source: str
     frozen: tuple[str, ...]
+    edits: tuple[str, ...] = ()
 
 
 def _write_program(trace: Trace, cases: Iterable[Case]) -> Program:
@@ -189,7 +190,7 @@ class Rewritten:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = getattr(self, "__getstate__", lambda: vars(self))()
-        return _revive, (self._original, self._program.source, self._program.frozen), state
+        return _revive, (self._original, self._program), state
 
     def __setattr__(self, name: str, value: Any) -> None:
         if (
@@ -220,14 +221,22 @@ class RewrittenSequential(Rewritten):
     append = insert = extend = pop = __delitem__ = __add__ = __iadd__ = __mul__ = __imul__ = _refuse
 
 
-def rewrite(module: nn.Module, trace: Trace, key: Hashable, edit: Callable[[fx.Graph], None]) -> None:
+def rewrite(
+    module: nn.Module,
+    trace: Trace,
+    key: tuple[Hashable, ...],
+    edit: Callable[[fx.Graph], None],
+    *,
+    edits: tuple[str, ...] | None = None,
+) -> None:
     """Give the module (of our copy) an edited forward, in place.
 
     Args:
         module: the scope.
         trace: its trace.
-        key: says what `edit` does; modules that share the trace and the key share the rebuilt code.
+        key: says what `edit` does, its kind first; modules that share the trace and the key share the rebuilt code.
         edit: changes one graph in place.
+        edits: the kinds of all edits that the result holds; default: those that are there and this one.
     """
     if isinstance(module, fx.GraphModule):
         graph = copy.deepcopy(module.graph)
@@ -240,9 +249,10 @@ def rewrite(module: nn.Module, trace: Trace, key: Hashable, edit: Callable[[fx.G
         for case in cases:
             edit(case.graph)
         trace.programs[key] = _write_program(trace, cases)
-    program = trace.programs[key]
+    edits = (*edits_of(module), str(key[0])) if edits is None else edits
+    program = replace(trace.programs[key], edits=edits)
     original: Any = original_class(module)
-    module.__class__ = _rewritten_class(original, program.source, program.frozen)
+    module.__class__ = _rewritten_class(original, program)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -250,12 +260,18 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return module._original if isinstance(module, Rewritten) else type(module)
 
 
-def _revive(original: Any, source: str, frozen: tuple[str, ...]) -> nn.Module:
-    return object.__new__(_rewritten_class(original, source, frozen))
+def edits_of(module: nn.Module) -> tuple[str, ...]:
+    """The kinds of the edits that the module's forward holds, in order."""
+    return module._program.edits if isinstance(module, Rewritten) else ()
+
+
+def _revive(original: Any, program: Program) -> nn.Module:
+    return object.__new__(_rewritten_class(original, program))
 
 
 @functools.cache
-def _rewritten_class(original: type[nn.Module], source: str, frozen: tuple[str, ...]) -> Any:
+def _rewritten_class(original: type[nn.Module], program: Program) -> Any:
+    source = program.source
     name = f"<{original.__name__} rewritten by sparsetweaks {abs(hash(source)):x}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     scope: dict[
@@ -269,7 +285,7 @@ def _rewritten_class(original: type[nn.Module], source: str, frozen: tuple[str, 
     members = {
         "forward": forward,
         "_original": original,
-        "_program": Program(source, frozen),
+        "_program": program,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,

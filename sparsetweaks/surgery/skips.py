@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from sparsetweaks.copying import Model, copy_model
 from sparsetweaks.errors import NoEffectWarning
+from sparsetweaks.surgery import ghosts as g
 from sparsetweaks.surgery import sites as s
 from sparsetweaks.surgery.dataflow import first_input
 from sparsetweaks.surgery.programs import rewrite
@@ -35,7 +36,7 @@ class Skip(nn.Module):
     """
 
     added_by_tweak = True
-    strength: float | nn.Parameter
+    strength: float | torch.Tensor
 
     def __init__(
         self,
@@ -90,8 +91,25 @@ class Skip(nn.Module):
     def extra_repr(self) -> str:
         geometry = self.geometry
         shortcut = "identity" if geometry.keeps_shape else "pad"
-        strength = "learned" if isinstance(self.strength, torch.Tensor) else f"{self.strength:g}"
-        return f"{'projection' if self.projection is not None else shortcut}, strength={strength}"
+        kind = "projection" if self.projection is not None else shortcut
+        return f"{kind}, strength={self.strength_in_words()}"
+
+    def strength_in_words(self) -> str:
+        return "learned" if isinstance(self.strength, torch.Tensor) else f"{self.strength:g}"
+
+
+class GhostSkip(g.Ghost, Skip):
+    """A skip for the early part of training: its strength is a buffer that `anneal_ghosts` lets fall to 0."""
+
+    def __init__(self, geometry: Geometry, *, strength: float = 1.0, like: torch.Tensor, **options: Any):
+        super().__init__(geometry, strength=0.0, **options)
+        del self.strength
+        self.set_start(strength, (1,), like)
+
+    def stand_in(self, graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+        _, output = node.args
+        assert isinstance(output, fx.Node)
+        return output
 
 
 def match_channels(input: torch.Tensor, channels: int, rank: int) -> torch.Tensor:
@@ -120,7 +138,8 @@ def inject_skips(
     where: s.Where = None,
     shortcut: str = "pad",
     norm: bool = False,
-    strength: float | str = "learned",
+    strength: float | str | None = None,
+    ghost: bool = False,
 ) -> Model:
     """Add a skip connection around every convolution and its normalisation (paper, section 3.1 and figure 3).
 
@@ -139,7 +158,13 @@ def inject_skips(
         norm: whether each skip passes through a BatchNorm of its own (2C parameters, as in RepVGG); a LayerNorm
             around linear layers.
         strength: factor of the skip. A number (0 changes nothing at all), or "learned": one scalar per skip that
-            starts at 0, so the network is at first exactly what it was (SkipInit, ReZero).
+            starts at 0, so the network is at first exactly what it was (SkipInit, ReZero). Default: "learned", or 1.0
+            for ghosts.
+        ghost: whether the skips are there for the early part of training only (ToST, ICML 2022, whose strength falls
+            from 1 to 0). The strength is then a buffer that starts at the number given; `anneal_ghosts` lets it fall,
+            and `remove_ghosts` gives the original model back. At strength 0 the network computes what it did before,
+            forward and backward, as long as the skip's own values are finite (0 times infinity is not 0; zeros may
+            differ in sign).
 
     Returns:
         A new model. Parameters, buffers, masks, hooks, modes, names and classes of all modules are those of `model`,
@@ -161,8 +186,12 @@ def inject_skips(
     """
     if shortcut not in SHORTCUTS:
         raise ValueError(f"unknown shortcut {shortcut!r}; known: {', '.join(SHORTCUTS)}")
+    if strength is None:
+        strength = 1.0 if ghost else "learned"
     if isinstance(strength, bool) or not (strength == "learned" or isinstance(strength, (int, float))):
         raise ValueError(f"strength must be a number or 'learned', not {strength!r}")
+    if ghost and isinstance(strength, str):
+        raise ValueError("a ghost's strength is annealed, not learned: give the number that it starts from")
     if not isinstance(strength, str) and not math.isfinite(strength):
         raise ValueError(f"strength must be finite, not {strength!r}")
     if not isinstance(norm, bool):
@@ -185,25 +214,32 @@ def inject_skips(
     for each in done:
         layer = each.module.get_submodule(each.site.name)
         if not hasattr(layer, "skip"):
-            layer.add_module("skip", _skip_for(layer, shortcut, norm, strength))
+            layer.add_module("skip", _skip_for(layer, shortcut, norm, strength, ghost))
         scopes.setdefault(id(each.module), []).append(each)
     for group in scopes.values():
-        _inject(group, types)
+        _inject(group, types, g.SKIP_EDIT if ghost else "skip")
     rewritten = s.Sites(each.site for each in done)
-    s.record_change(result, f"inject_skips, shortcut {shortcut}, strength {strength}", rewritten, chosen.left)
+    words = f"inject_skips, shortcut {shortcut}, strength {strength}{', ghost' if ghost else ''}"
+    s.record_change(result, words, rewritten, chosen.left)
     return result
 
 
-def _skip_for(layer: nn.Module, shortcut: str, norm: bool, strength: float | str) -> Skip:
+def _skip_for(layer: nn.Module, shortcut: str, norm: bool, strength: float | str, ghost: bool) -> Skip:
     geometry = geometry_of(layer)
     project = shortcut == "project-all" or (shortcut == "projection" and not geometry.keeps_shape)
     weight = next(layer.parameters())
     options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    skip = Skip(geometry, project=project, norm=norm, strength=strength, **options)
+    skip: Skip
+    if ghost:
+        skip = GhostSkip(
+            geometry, project=project, norm=norm, strength=float(strength), like=weight, **options
+        )
+    else:
+        skip = Skip(geometry, project=project, norm=norm, strength=strength, **options)
     return skip.train(layer.training)
 
 
-def _inject(group: list[s.Found], types: tuple[type[nn.Module], ...]) -> None:
+def _inject(group: list[s.Found], types: tuple[type[nn.Module], ...], kind: str) -> None:
     """Call the skips in one scope's forward."""
     scope, trace = group[0].module, group[0].trace
     assert trace is not None
@@ -218,4 +254,4 @@ def _inject(group: list[s.Found], types: tuple[type[nn.Module], ...]) -> None:
             unit.output.replace_all_uses_with(skip)
             skip.args = (first_input(unit.layer), unit.output)
 
-    rewrite(scope, trace, ("skip", names), edit)
+    rewrite(scope, trace, (kind, names), edit)

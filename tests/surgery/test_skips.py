@@ -226,7 +226,7 @@ def test_bad_options_are_named():
     model = unit(4, 4, 3, padding=1)
     with pytest.raises(ValueError, match="unknown shortcut 'pda'; known: pad,"):
         st.inject_skips(model, shortcut="pda")
-    for strength in ("large", None, True):
+    for strength in ("large", [], True):
         with pytest.raises(ValueError, match="a number or 'learned'"):
             st.inject_skips(model, strength=strength)
     with pytest.raises(ValueError, match="matches no site"):
