@@ -9,7 +9,9 @@ recording.
 from __future__ import annotations
 
 import copy
+import functools
 import types
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -64,7 +66,58 @@ def copy_model(model: Model) -> Model:
         for hook in _hooks(module):
             if isinstance(hook, types.MethodType) and id(hook.__self__) not in own:
                 memo[id(hook.__self__)] = hook.__self__
-    return copy.deepcopy(model, memo)
+    return _copied(model, memo)
+
+
+def _copied(module: Any, memo: dict[int, Any]) -> Any:
+    """What `copy.deepcopy` would return, in less than half of its time: most of what a module holds is nothing."""
+    if id(module) in memo:
+        return memo[id(module)]
+    if not _is_plain(type(module)):  # type: ignore[arg-type]
+        return copy.deepcopy(module, memo)
+    made = memo[id(module)] = object.__new__(type(module))
+    attributes = vars(made)
+    for name, value in vars(module).items():
+        if name == "_modules":
+            attributes[name] = {
+                key: None if each is None else _copied(each, memo) for key, each in value.items()
+            }
+        elif type(value) in _CONSTANTS:
+            attributes[name] = value
+        elif type(value) in _EMPTY and not value and id(value) not in memo:
+            attributes[name] = memo[id(value)] = type(value)()
+        else:
+            attributes[name] = copy.deepcopy(value, memo)
+    return made
+
+
+_CONSTANTS = (bool, int, float, str, bytes, type, type(None), torch.dtype, torch.device, types.FunctionType)
+_EMPTY = (dict, OrderedDict, list, set)
+_COPYING = (
+    "__deepcopy__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__getstate__",
+    "__setstate__",
+    "__new__",
+    "__slots__",
+)
+
+
+@functools.cache
+def _is_plain(cls: Any) -> bool:
+    """Whether a module's `__dict__` is all there is to copy: its class says nothing else about how it is copied.
+
+    What torch's own layers say there is for old pickles only, and what a class says that is marked `plain_to_copy`,
+    for all pickles.
+    """
+    bases = [
+        base
+        for base in cls.__mro__
+        if not base.__module__.startswith("torch.nn.modules.") and "plain_to_copy" not in vars(base)
+    ]
+    own = {name for base in bases if base is not object for name in vars(base)}
+    return own.isdisjoint(_COPYING) and not issubclass(cls, torch.jit.ScriptModule)
 
 
 def check_model(model: object) -> None:

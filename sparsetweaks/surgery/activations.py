@@ -123,7 +123,8 @@ def swap_activations(
             for each in found
         ]
     chosen = s.select(s.Sites(each.site for each in found), where)
-    picked = [each for each in found if each.site in chosen]
+    within = frozenset(chosen)
+    picked = [each for each in found if each.site in within]
     done = [each for each in picked if each.site.left is None]
     _warn_if_nothing(picked, done)
     like = next(result.parameters(), None)

@@ -129,5 +129,5 @@ def spellings(names: tuple[str, ...]) -> frozenset[str]:
     found: set[str] = set()
     for name in names:
         kind = KINDS[name]
-        found |= {name, f"{name}_", *kind.methods}
+        found |= {name, f"{name}_", kind.module.__name__, *kind.methods}
     return frozenset(found)

@@ -187,6 +187,7 @@ class Rewritten:
 
     _original: type[nn.Module]
     _program: Program
+    plain_to_copy = True  # a copy may share the generated class; only a pickle needs the source
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = getattr(self, "__getstate__", lambda: vars(self))()

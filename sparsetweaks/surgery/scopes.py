@@ -7,11 +7,12 @@ anything. Modules that are alike are traced once.
 
 from __future__ import annotations
 
+import collections
 import dis
 import functools
 import inspect
 import types
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Set
 from typing import Any
 
 import torch
@@ -27,9 +28,15 @@ from sparsetweaks.surgery.tracing import (
     trace_cases,
 )
 
-SLICES, LOOPS = "[:]", "for"
-"""What `Scopes.names` holds, beside names, for code that slices or loops."""
+SLICES, LOOPS, INDEXES = "[:]", "for", "[]"
+"""What `Scopes.names` holds, beside names, for code that slices, loops, or indexes and unpacks."""
 
+_UNNAMED = DYNAMIC | {"_modules", "children", "get_submodule", "map", "modules", "named_children", "named_modules"} | {
+    "next", "pop", "reduce",
+}  # fmt: skip
+"""Names by which code reaches any module below it without naming that."""
+
+_INDEXING = ("BINARY_SUBSCR", "UNPACK_SEQUENCE", "UNPACK_EX", "CALL_FUNCTION_EX")
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 
@@ -57,7 +64,7 @@ class Scopes:
 
     def __init__(self) -> None:
         self._traces: dict[Hashable, Trace | Untraceable] = {}
-        self._names: dict[Hashable, frozenset[str]] = {}
+        self._names: dict[Hashable, collections.Counter[str]] = {}
 
     def trace(self, module: nn.Module) -> Trace:
         """The cases of the module's own forward.
@@ -77,8 +84,25 @@ class Scopes:
             raise found
         return found
 
-    def names(self, module: nn.Module) -> frozenset[str]:
+    def names(self, module: nn.Module) -> Set[str]:
         """Every name that the code reachable from the module's forward mentions."""
+        return self._mentions(module).keys()
+
+    def may_call(self, module: nn.Module, wanted: Callable[[nn.Module], object]) -> bool:
+        """Whether the module's forward may itself call a wanted module below it.
+
+        Each step of the way down needs a name in the code, or a loop, an index or an unpacking there.
+        """
+        mentions = self._mentions(module)
+        steps = sum(mentions[each] for each in (SLICES, LOOPS, INDEXES))
+        anything = not _UNNAMED.isdisjoint(mentions)
+        return any(
+            wanted(each) and (anything or sum(part not in mentions for part in path.split(".")) <= steps)
+            for path, each in module.named_modules()
+            if path
+        )
+
+    def _mentions(self, module: nn.Module) -> collections.Counter[str]:
         classes = frozenset(type(child) for child in module.modules())
         plain = (
             value for value in vars(module).values() if isinstance(value, (functools.partial, *_FUNCTIONS))
@@ -90,7 +114,7 @@ class Scopes:
         return self._names[key]
 
 
-def _fingerprint(module: nn.Module, names: frozenset[str]) -> Hashable:
+def _fingerprint(module: nn.Module, names: Set[str]) -> Hashable:
     """Equal for modules whose traces are equal: class, structure, and every attribute that the code can name."""
     everything = bool(names & DYNAMIC)
     numbers: dict[int, int] = {}
@@ -131,9 +155,9 @@ def _value_key(value: Any) -> Hashable:
     return id(value)
 
 
-def _reachable_names(cls: type, classes: frozenset[type], held: frozenset[Any]) -> frozenset[str]:
+def _reachable_names(cls: type, classes: frozenset[type], held: frozenset[Any]) -> collections.Counter[str]:
     """Names and string constants in the code of `cls.forward` and of what it calls by name, torch's own left out."""
-    names: set[str] = set()
+    names: collections.Counter[str] = collections.Counter()
     seen: set[int] = set()
     pending: list[Any] = [_forward_of(cls), *held]
     while pending:
@@ -142,28 +166,36 @@ def _reachable_names(cls: type, classes: frozenset[type], held: frozenset[Any]) 
         if code is None or id(code) in seen:
             continue
         seen.add(id(code))
-        new = set(_names_in(code)) - names
-        names |= new
+        found_here = collections.Counter(_names_in(code))
+        new = found_here.keys() - names.keys()
+        names += found_here
         scope = getattr(function, "__globals__", {})
+        libraries = [scope[name] for name in new if isinstance(scope.get(name), types.ModuleType)]
+        libraries = [each for each in libraries if not each.__name__.startswith("torch")]
         for name in new:
             found = [vars(base).get(name) for base in cls.__mro__]
             if name not in ("forward", "__call__"):
                 found += [vars(base).get(name) for each in classes for base in each.__mro__]
-            found.append(scope.get(name))
+            found += [scope.get(name), *(getattr(each, name, None) for each in libraries)]
             for candidate in found:
                 candidate = getattr(candidate, "fget", None) or getattr(candidate, "__func__", candidate)
                 origin = getattr(candidate, "__module__", None) or ""
                 if isinstance(candidate, types.FunctionType) and not origin.startswith("torch."):
                     pending.append(candidate)
-    return frozenset(names)
+    return names
 
 
 def _names_in(code: types.CodeType) -> Iterator[str]:
     yield from code.co_names
     yield from code.co_freevars
+    before = ""
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("BUILD_SLICE", "BINARY_SLICE"):
             yield SLICES
+        elif instruction.opname == "UNPACK_SEQUENCE" and before == "FOR_ITER":
+            pass  # `for name, layer in items` is one step down
+        elif instruction.opname in _INDEXING or instruction.argrepr == "[]":
+            yield INDEXES
         elif instruction.opname == "FOR_ITER":
             yield LOOPS
         elif instruction.opname == "STORE_GLOBAL":
@@ -172,6 +204,7 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
             yield TYPE_CALL
         elif instruction.opname in ("STORE_ATTR", "STORE_SUBSCR", "DELETE_ATTR", "DELETE_SUBSCR"):
             yield MUTATES
+        before = instruction.opname
     for constant in code.co_consts:
         if isinstance(constant, str):
             yield constant

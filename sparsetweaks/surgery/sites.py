@@ -7,7 +7,7 @@ themselves work from these very lists. What a surgery did is kept with the model
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from sparsetweaks.surgery import kinds as k
 from sparsetweaks.surgery.dataflow import called, is_observed, is_overwritten
 from sparsetweaks.surgery.programs import Trace, Untraceable
 from sparsetweaks.surgery.scopes import LOOPS, SLICES, Scopes, is_scope
+from sparsetweaks.surgery.tracing import BASE_ATTRIBUTES, DYNAMIC
 from sparsetweaks.surgery.units import kind_of_layer, layer_types, units_in
 
 Where = Callable[["Site"], bool] | str | Sequence[str] | None
@@ -209,7 +210,7 @@ def activation_sites(model: nn.Module, kinds: Sequence[str], scopes: Scopes) -> 
             if name in wanted:
                 site = Site(*_split(scope), name, "module", left="it is inside a recurrent layer of torch")
                 found.append(Found(site, module))
-        if not is_scope(module):
+        if not is_scope(module) or not _may_activate(module, spelled, scopes):
             continue
         try:
             trace = scopes.trace(module)
@@ -237,6 +238,14 @@ def activation_sites(model: nn.Module, kinds: Sequence[str], scopes: Scopes) -> 
     return found
 
 
+def _may_activate(module: nn.Module, spelled: Set[str], scopes: Scopes) -> bool:
+    """Whether a forward has anything to do with activations: it mentions, calls or holds one."""
+    if scopes.names(module) & (spelled | DYNAMIC) or scopes.may_call(module, k.kind_of_module):
+        return True
+    held = (value for name, value in vars(module).items() if name not in BASE_ATTRIBUTES)
+    return any(callable(value) or isinstance(value, (dict, list, tuple)) for value in held)
+
+
 def _calls(scope: str, module: nn.Module, trace: Trace, wanted: tuple[str, ...]) -> Iterator[Found]:
     """Function and method calls in a traced forward, one per name over all its cases."""
     found: dict[str, Found] = {}
@@ -254,7 +263,7 @@ def _calls(scope: str, module: nn.Module, trace: Trace, wanted: tuple[str, ...])
 
 
 def _unread(
-    scope: str, module: nn.Module, wanted: tuple[str, ...], mentions: frozenset[str], reason: Untraceable
+    scope: str, module: nn.Module, wanted: tuple[str, ...], mentions: Set[str], reason: Untraceable
 ) -> Iterator[Found]:
     """What an untraceable forward holds: attributes that are known functions, and calls that its code mentions."""
     for name, value in vars(module).items():
@@ -316,7 +325,7 @@ def skip_sites(model: nn.Module, types: tuple[type[nn.Module], ...], scopes: Sco
     found: list[Found] = []
     bypassed: dict[int, str] = {}
     for scope, module in model.named_modules():
-        if not is_scope(module) or not any(isinstance(child, types) for child in module.modules()):
+        if not is_scope(module) or not scopes.may_call(module, lambda each: isinstance(each, types)):
             continue
         try:
             trace = scopes.trace(module)
@@ -341,7 +350,7 @@ def skip_sites(model: nn.Module, types: tuple[type[nn.Module], ...], scopes: Sco
     return found
 
 
-def _perhaps_bypassed(module: nn.Module, names: frozenset[str]) -> Iterator[tuple[int, str]]:
+def _perhaps_bypassed(module: nn.Module, names: Set[str]) -> Iterator[tuple[int, str]]:
     """Sequentials whose layers a forward that cannot be read may call one by one, past their own forward."""
     for name, child in module.named_children():
         plain = _is_sequential(child) and name in names

@@ -201,7 +201,8 @@ def inject_skips(
     s.refuse_wrapped(result)
     found = s.skip_sites(result, types, Scopes())
     chosen = s.select(s.Sites(each.site for each in found), where)
-    picked = [each for each in found if each.site in chosen]
+    within = frozenset(chosen)
+    picked = [each for each in found if each.site in within]
     wanted = [each for each in picked if shortcut != "none" or each.site.kind == "kept"]
     done = [each for each in wanted if each.site.left is None]
     if not done:

@@ -16,11 +16,12 @@ import builtins
 import contextlib
 import inspect
 import itertools
+import pickle
 import random
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any, NoReturn
 
 import torch
@@ -44,6 +45,9 @@ _MUTATORS = frozenset(
     [MUTATES, "append", "appendleft", "extend", "insert", "add", "update", "setdefault", "pop", "popleft"]
     + ["popitem", "remove", "clear", "setattr", "__setitem__", "__setattr__"]
 )
+_TOUCHING = _MUTATORS | DYNAMIC | {"training"}
+"""Code that mentions none of these can neither change an attribute of a module below nor ask for its mode."""
+
 _one_at_a_time = threading.RLock()
 _LIST_FUNCTIONS = ("cat", "concat", "stack")
 _REGISTERED = ("_parameters", "_buffers", "_modules")
@@ -53,7 +57,7 @@ _GLOBAL_MODES = frozenset(
 )
 
 
-def trace_cases(module: nn.Module, names: frozenset[str]) -> Trace:
+def trace_cases(module: nn.Module, names: Set[str]) -> Trace:
     """All cases of the module's own forward.
 
     Args:
@@ -79,7 +83,7 @@ def trace_cases(module: nn.Module, names: frozenset[str]) -> Trace:
     signature = inspect.signature(type(module).forward)
     questions = _questions(signature, names)
     cases: list[Case] = []
-    twins = _StandIns(module)
+    twins = _StandIns(module, deep=bool(names & _TOUCHING))
     settled = False
     while not settled:
         settled, cases = True, []
@@ -113,7 +117,7 @@ def trace_cases(module: nn.Module, names: frozenset[str]) -> Trace:
     return Trace(cases, signature, questions, frozen)
 
 
-def _opaque_attribute(module: nn.Module, names: frozenset[str]) -> str | None:
+def _opaque_attribute(module: nn.Module, names: Set[str]) -> str | None:
     """An attribute that the code names and whose inside a stand-in shares with the module."""
     for each in module.modules():
         for name, value in vars(each).items():
@@ -137,7 +141,7 @@ def _is_simple(value: Any) -> bool:
     return isinstance(value, (*PLAIN, torch.Tensor, nn.Module)) or callable(value)
 
 
-def _questions(signature: inspect.Signature, names: frozenset[str]) -> dict[str, tuple[Any, ...]]:
+def _questions(signature: inspect.Signature, names: Set[str]) -> dict[str, tuple[Any, ...]]:
     """What a forward may ask, with the answers to trace: its mode if its code can name it, each argument's cases."""
     questions: dict[str, tuple[Any, ...]] = {}
     if "training" in names or names & DYNAMIC:
@@ -206,7 +210,7 @@ def _trace_one(
     finally:
         drew = random.getstate() != state or not torch.equal(torch.random.get_rng_state(), rng)
         if numpy is not None:
-            drew = drew or repr(numpy.random.get_state(legacy=False)) != repr(numpy_state)
+            drew = drew or not _same_draws(numpy.random.get_state(legacy=False), numpy_state)
             numpy.random.set_state(numpy_state)
         random.setstate(state)
         torch.random.set_rng_state(rng)
@@ -218,16 +222,21 @@ def _trace_one(
     return graph, tracer.asked
 
 
+def _same_draws(one: Any, other: Any) -> bool:
+    """Whether two states of NumPy's global generator, whichever it is, will draw the same numbers."""
+    return pickle.dumps(one) == pickle.dumps(other)
+
+
 class _StandIns:
-    """A shallow twin of a module and of every module below it: own attributes and containers, the same tensors.
+    """A shallow twin of a module and, if `deep`, of every module below it: own attributes and containers, the same tensors.
 
     Whatever a forward does to its attributes while it is traced, it does to the twins.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, *, deep: bool):
         self.pairs: list[tuple[nn.Module, nn.Module]] = []
         twins: dict[int, nn.Module] = {}
-        for each in module.modules():
+        for each in module.modules() if deep else (module,):
             if isinstance(each, torch.jit.ScriptModule):
                 twins[id(each)] = each  # a leaf without attributes that Python could change
                 continue
@@ -247,7 +256,7 @@ class _StandIns:
             children = vars(twin)["_modules"]
             for name, child in children.items():
                 if child is not None:
-                    children[name] = twins[id(child)]
+                    children[name] = twins.get(id(child), child)
         self.root = twins[id(module)]
 
     def changed(self) -> str | None:
