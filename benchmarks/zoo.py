@@ -26,7 +26,7 @@ Status of a row:
 
 How a row was proven:
     run         the model ran here, before and after, in eval and (unless the note says otherwise) in train mode
-    alike       a large model (over 30 million parameters), operated on the meta device: names, counts and previews were
+    alike       a model of over 3 million parameters, operated on the meta device: names, counts and previews were
                 checked, and every forward that was rewritten in it is, but for numbers such as widths, one that a
                 smaller model of the same family ran and proved ("proves" counts those that a row was the first to prove)
     structure   as alike, but with forwards that no run has proven, in a model too large to run here
@@ -76,8 +76,8 @@ from sparsetweaks.surgery import sites as s
 LARGE = 150_000_000
 """Models with more parameters are only looked at on the meta device."""
 
-MEDIUM = 30_000_000
-"""Models with more parameters need not run if all forwards that are rewritten in them were proven by smaller ones."""
+MEDIUM = 3_000_000
+"""Models with more parameters do not run if all forwards that are rewritten in them were proven by smaller ones."""
 
 QUICK = 1.0
 """CPU seconds: models that run faster than this run in train mode with learned skips, too."""
