@@ -206,7 +206,7 @@ def _trace_one(
     finally:
         drew = random.getstate() != state or not torch.equal(torch.random.get_rng_state(), rng)
         if numpy is not None:
-            drew = drew or repr(numpy.random.get_state(legacy=False)) != repr(numpy_state)
+            drew = drew or not _equal_states(numpy.random.get_state(legacy=False), numpy_state)
             numpy.random.set_state(numpy_state)
         random.setstate(state)
         torch.random.set_rng_state(rng)
@@ -216,6 +216,14 @@ def _trace_one(
     if name is not None:
         raise Untraceable(f"its forward changes the attribute {name!r}")
     return graph, tracer.asked
+
+
+def _equal_states(one: Any, other: Any) -> bool:
+    """Whether two states of NumPy's generator are equal: mappings of mappings, arrays and numbers."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal_states(one[key], other[key]) for key in one)
+    same = one == other
+    return bool(same if isinstance(same, bool) else same.all())
 
 
 class _StandIns:
