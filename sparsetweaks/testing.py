@@ -1301,7 +1301,7 @@ class LowRank(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            if name == "base_layer" or name.startswith("__"):  # copying and pickling ask for such names
                 raise
             return getattr(self.base_layer, name)
 

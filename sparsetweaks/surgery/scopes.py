@@ -7,9 +7,12 @@ anything. Modules that are alike are traced once.
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import inspect
+import itertools
+import sys
 import types
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -30,7 +33,7 @@ from sparsetweaks.surgery.tracing import (
 SLICES, LOOPS = "[:]", "for"
 """What `Scopes.names` holds, beside names, for code that slices or loops."""
 
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)
 
 
 def is_scope(module: nn.Module) -> bool:
@@ -80,10 +83,7 @@ class Scopes:
     def names(self, module: nn.Module) -> frozenset[str]:
         """Every name that the code reachable from the module's forward mentions."""
         classes = frozenset(type(child) for child in module.modules())
-        plain = (
-            value for value in vars(module).values() if isinstance(value, (functools.partial, *_FUNCTIONS))
-        )
-        held = frozenset(value.func if isinstance(value, functools.partial) else value for value in plain)
+        held = frozenset(itertools.chain.from_iterable(map(_functions_in, vars(module).values())))
         key = (type(module), classes, held)
         if key not in self._names:
             self._names[key] = _reachable_names(type(module), classes, held)
@@ -131,6 +131,21 @@ def _value_key(value: Any) -> Hashable:
     return id(value)
 
 
+def _functions_in(value: Any, depth: int = 1) -> Iterator[Any]:
+    """The functions that an attribute holds: itself, bound, partial, called by an object's class, in a container."""
+    if isinstance(value, functools.partial):
+        yield value.func
+    elif isinstance(value, types.MethodType):
+        yield value.__func__
+    elif isinstance(value, _FUNCTIONS):
+        yield value
+    elif depth and type(value) in (list, tuple, dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _functions_in(each, depth - 1)
+    elif not isinstance(value, (nn.Module, type, torch.Tensor)) and callable(value):
+        yield from _functions_in(getattr(type(value), "__call__", None), 0)
+
+
 def _reachable_names(cls: type, classes: frozenset[type], held: frozenset[Any]) -> frozenset[str]:
     """Names and string constants in the code of `cls.forward` and of what it calls by name, torch's own left out."""
     names: set[str] = set()
@@ -145,20 +160,40 @@ def _reachable_names(cls: type, classes: frozenset[type], held: frozenset[Any]) 
         new = set(_names_in(code)) - names
         names |= new
         scope = getattr(function, "__globals__", {})
+        for cell in getattr(function, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                pending += [each for each in _functions_in(cell.cell_contents) if _is_own(each)]
         for name in new:
+            names |= _torch_names(scope.get(name))
             found = [vars(base).get(name) for base in cls.__mro__]
             if name not in ("forward", "__call__"):
                 found += [vars(base).get(name) for each in classes for base in each.__mro__]
             found.append(scope.get(name))
             for candidate in found:
                 candidate = getattr(candidate, "fget", None) or getattr(candidate, "__func__", candidate)
-                origin = getattr(candidate, "__module__", None) or ""
-                if isinstance(candidate, types.FunctionType) and not origin.startswith("torch."):
+                if _is_own(candidate):
                     pending.append(candidate)
     return frozenset(names)
 
 
-def _names_in(code: types.CodeType) -> Iterator[str]:
+def _is_own(function: Any) -> bool:
+    """Whether this is a Python function of the model's authors: not torch's, not the standard library's."""
+    origin = (getattr(function, "__module__", None) or "").partition(".")[0]
+    return isinstance(function, types.FunctionType) and origin not in ("torch", *sys.stdlib_module_names)
+
+
+def _torch_names(value: Any) -> set[str]:
+    """What torch calls the functions that a global holds, which code may know by another name."""
+    functions = () if value is None else _functions_in(value)
+    return {each.__name__ for each in functions if not _is_own(each) and hasattr(each, "__name__")}
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_in(code: types.CodeType) -> frozenset[str]:
+    return frozenset(_each_name_in(code))
+
+
+def _each_name_in(code: types.CodeType) -> Iterator[str]:
     yield from code.co_names
     yield from code.co_freevars
     for instruction in dis.get_instructions(code):
@@ -178,4 +213,4 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
         elif isinstance(constant, slice):
             yield SLICES
         elif isinstance(constant, types.CodeType):
-            yield from _names_in(constant)
+            yield from _each_name_in(constant)

@@ -319,6 +319,15 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        call = type(m).__call__
+        own = call is not nn.Module.__call__ and not (getattr(call, "__module__", None) or "").startswith(
+            "torch."
+        )
+        if own and not isinstance(m, fx.GraphModule):  # what it does around the call would be done twice
+            self.refuse(f"its child of class {type(m).__name__} has a __call__ of its own")
+        return super().call_module(m, forward, args, kwargs)
+
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list]:

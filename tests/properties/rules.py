@@ -234,9 +234,7 @@ def check(case: Case) -> dict[str, int]:
     try:
         return _check(case)
     except Exception as error:
-        raise AssertionError(
-            f"{type(error).__name__}: {error}\nin the case\n{reproduction(case)}"
-        ) from error
+        raise AssertionError(f"{type(error).__name__}: {error}\nin the case\n{reproduction(case)}") from error
 
 
 def _check(case: Case) -> dict[str, int]:
@@ -367,7 +365,11 @@ def copies_agree(
     """A deep copy, a pickled copy and one that loads the state do what the model does, and hide no ReLU."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     pickled = None
-    if picklable(model) and picklable(case.spec) and all(each.form != "buffer_views" for each in case.spec.blocks):
+    if (
+        picklable(model)
+        and picklable(case.spec)
+        and all(each.form != "buffer_views" for each in case.spec.blocks)
+    ):
         pickled = pickle.loads(pickle.dumps(model))  # pickle alone separates views, of any model
     loaded = copy.deepcopy(model)
     with torch.no_grad():
