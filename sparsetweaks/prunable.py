@@ -136,8 +136,8 @@ def parameter_behind(module: nn.Module, attribute: str) -> nn.Parameter | None:
 
 def mask_parametrization(module: nn.Module, attribute: str) -> nn.Module | None:
     """The parametrization that masks `module.<attribute>`: the only one there, with a buffer `mask`."""
-    if not parametrize.is_parametrized(module, attribute):
-        return None
+    if "parametrizations" not in module._modules or not parametrize.is_parametrized(module, attribute):
+        return None  # the first half because a wrapper may lend its child's attributes
     chain = module.parametrizations[attribute]  # type: ignore[index]
     original = chain._parameters.get("original")  # type: ignore[union-attr]
     if original is None or len(chain) != 1:  # type: ignore[arg-type]

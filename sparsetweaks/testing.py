@@ -19,9 +19,12 @@ reads or moves a global random state. Needs hypothesis: `pip install sparsetweak
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
 import random
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +33,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import prune as torch_prune
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -106,6 +109,20 @@ def leaky_relu_inplace(x: Tensor) -> Tensor:
     return F.leaky_relu(x, 0.2, inplace=True)
 
 
+rectify = F.relu
+
+
+def relu_alias(x: Tensor) -> Tensor:
+    return rectify(x)
+
+
+class CallableReLU:
+    """An object that is called and is no module."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
 class DoubledReLU(nn.ReLU):
     """A subclass of an activation whose forward does something else."""
 
@@ -143,6 +160,11 @@ ACTIVATIONS: dict[str, Callable[[], Any]] = {
     "F.leaky_relu": lambda: F.leaky_relu,
     "F.leaky_relu(inplace=True)": lambda: leaky_relu_inplace,
     "partial(F.leaky_relu)": lambda: functools.partial(F.leaky_relu, negative_slope=0.3),
+    "partial(F.relu, inplace=True)": lambda: functools.partial(F.relu, inplace=True),
+    "F.leaky_relu_": lambda: F.leaky_relu_,
+    "Tensor.relu": lambda: Tensor.relu,
+    "alias of F.relu": lambda: relu_alias,
+    "callable object": CallableReLU,
     "F.gelu": lambda: F.gelu,
 }
 
@@ -150,18 +172,91 @@ ACTIVATIONS: dict[str, Callable[[], Any]] = {
 # --- Layers and normalisations ------------------------------------------------------------------------------
 
 
-class DoubledConv2d(nn.Conv2d):
+_CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_BATCH_NORMS: dict[int, Any] = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_INSTANCE_NORMS: dict[int, Any] = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+
+
+class Doubled(nn.Module):
     """A convolution with its own forward, as weight-standardised ones have."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, 2 * self.weight, self.bias, self.stride, self.padding)
+    weight: Tensor
+    bias: Tensor | None
+    _conv_forward: Callable[..., Tensor]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, 2 * self.weight, self.bias)
+
+
+class DoubledConv1d(Doubled, nn.Conv1d):
+    """In one dimension."""
+
+
+class DoubledConv2d(Doubled, nn.Conv2d):
+    """In two."""
+
+
+class DoubledConv3d(Doubled, nn.Conv3d):
+    """In three."""
+
+
+_DOUBLED: dict[int, Any] = {1: DoubledConv1d, 2: DoubledConv2d, 3: DoubledConv3d}
 
 
 class ChannelNorm(nn.LayerNorm):
     """Layer normalisation over the channels of an image, through two permutations (ConvNeXt's)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
+class FrozenNorm(nn.Module):
+    """Batch normalisation by fixed statistics in buffers, without parameters, as detection models have."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var)
+
+
+class Acting(nn.Module):
+    """A normalisation that applies an activation itself, as timm's do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 0.5 * self.act(super().forward(input))  # type: ignore[safe-super]
+
+
+class BatchNormAct1d(Acting, nn.BatchNorm1d):
+    """In one dimension, or none."""
+
+
+class BatchNormAct2d(Acting, nn.BatchNorm2d):
+    """In two."""
+
+
+class BatchNormAct3d(Acting, nn.BatchNorm3d):
+    """In three."""
+
+
+_ACTING_NORMS: dict[int, Any] = {0: BatchNormAct1d, 1: BatchNormAct1d, 2: BatchNormAct2d, 3: BatchNormAct3d}
+
+
+class Halved(nn.Module):
+    """A parametrization of one's own."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 0.5 * weight
 
 
 _GEOMETRY: dict[str, dict[str, Any]] = {
@@ -173,41 +268,58 @@ _GEOMETRY: dict[str, dict[str, Any]] = {
     "depthwise": {"kernel_size": 3, "padding": 1},
     "dilated": {"kernel_size": 3, "padding": 2, "dilation": 2},
     "same": {"kernel_size": 3, "padding": "same"},
+    "same_dilated": {"kernel_size": (5, 3), "padding": "same", "dilation": (1, 2)},
     "circular": {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
     "transposed": {"kernel_size": 3, "padding": 1},
     "subclass": {"kernel_size": 3, "padding": 1},
     "weight_norm": {"kernel_size": 3, "padding": 1},
     "weight_norm_hook": {"kernel_size": 3, "padding": 1},
     "spectral_norm": {"kernel_size": 3, "padding": 1},
+    "parametrized": {"kernel_size": 3, "padding": 1},
     "strided": {"kernel_size": 3, "padding": 1, "stride": 2},
     "valid": {"kernel_size": 3},
+    "overpadded": {"kernel_size": 1, "padding": 1},
+    "patches": {"kernel_size": 2, "stride": 2},
+    "upsampling": {"kernel_size": 2, "stride": 2},
     "widening": {"kernel_size": 3, "padding": 1},
     "narrowing": {"kernel_size": 1},
+    "depthwise_widening": {"kernel_size": 3, "padding": 1},
     "strided_widening": {"kernel_size": 3, "padding": 1, "stride": 2, "bias": False},
 }
-_RESHAPING = ("strided", "valid", "widening", "narrowing", "strided_widening")
-_FLAT_LAYERS = ("plain", "bias", "weight_norm", "weight_norm_hook", "spectral_norm", "widening", "narrowing")
-_REPARAMETRIZED = ("weight_norm", "weight_norm_hook", "spectral_norm")
-_NORMS = ("batch", "none", "identity", "group", "instance", "layer", "batch_no_affine", "batch_no_statistics")
-_FLAT_NORMS = ("batch", "none", "identity", "group", "layer", "batch_no_affine", "batch_no_statistics")
+_RESHAPING = (
+    *("strided", "valid", "overpadded", "patches", "upsampling"),
+    *("widening", "narrowing", "depthwise_widening", "strided_widening"),
+)
+_FLAT_LAYERS = (
+    *("plain", "bias", "weight_norm", "weight_norm_hook", "spectral_norm", "parametrized"),
+    *("widening", "narrowing"),
+)
+_PARAMETRIZED = ("weight_norm", "spectral_norm", "parametrized")
+_FLAT_NORMS = (
+    *("batch", "none", "identity", "empty", "group", "layer", "batch_act", "frozen"),
+    *("batch_no_affine", "batch_no_statistics"),
+)
+_NORMS = (*_FLAT_NORMS, "instance", "local_response")
 
 
-def _layer(name: str, width: int, flat: bool) -> tuple[nn.Module, int]:
-    """A convolution (a linear layer if `flat`) that takes `width` channels, and how many it gives."""
+def _layer(name: str, width: int, rank: int) -> tuple[nn.Module, int]:
+    """A convolution in `rank` dimensions (0: a linear layer) of `width` channels, and how many it gives."""
     out = 2 * width if "widening" in name else width // 2 if name == "narrowing" else width
     layer: nn.Module
-    if flat:
+    if rank == 0:
         layer = nn.Linear(width, out, bias=name != "plain")
     else:
-        kind = {"transposed": nn.ConvTranspose2d, "subclass": DoubledConv2d}.get(name, nn.Conv2d)
-        geometry = dict(_GEOMETRY[name])
-        if name == "depthwise":
+        kinds = {"transposed": _TRANSPOSED, "upsampling": _TRANSPOSED, "subclass": _DOUBLED}
+        geometry = {key: _in_rank(value, rank) for key, value in _GEOMETRY[name].items()}
+        if name.startswith("depthwise"):
             geometry["groups"] = width
-        layer = kind(width, out, **geometry)
+        layer = kinds.get(name, _CONVS)[rank](width, out, **geometry)
     if name == "weight_norm":
         layer = parametrizations.weight_norm(layer)
     elif name == "spectral_norm":
         layer = parametrizations.spectral_norm(layer)
+    elif name == "parametrized":
+        parametrize.register_parametrization(layer, "weight", Halved())
     elif name == "weight_norm_hook":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # deprecated, and still in use everywhere
@@ -215,17 +327,25 @@ def _layer(name: str, width: int, flat: bool) -> tuple[nn.Module, int]:
     return layer, out
 
 
-def _norm(name: str, width: int, flat: bool) -> nn.Module | None:
-    batch = nn.BatchNorm1d if flat else nn.BatchNorm2d
+def _in_rank(value: Any, rank: int) -> Any:
+    """A pair for two dimensions as it is in one (its last) or three (its first twice)."""
+    return (value[0], *value)[-rank:] if isinstance(value, tuple) else value
+
+
+def _norm(name: str, width: int, rank: int) -> nn.Module | None:
     makers: dict[str, Callable[[], nn.Module | None]] = {
         "none": lambda: None,
         "identity": nn.Identity,
-        "batch": lambda: batch(width),
-        "batch_no_affine": lambda: batch(width, affine=False),
-        "batch_no_statistics": lambda: batch(width, track_running_stats=False),
+        "empty": nn.Sequential,
+        "batch": lambda: _BATCH_NORMS[rank](width),
+        "batch_act": lambda: _ACTING_NORMS[rank](width),
+        "batch_no_affine": lambda: _BATCH_NORMS[rank](width, affine=False),
+        "batch_no_statistics": lambda: _BATCH_NORMS[rank](width, track_running_stats=False),
+        "frozen": lambda: FrozenNorm(width),
         "group": lambda: nn.GroupNorm(2, width),
-        "instance": lambda: nn.InstanceNorm2d(width, affine=True),
-        "layer": lambda: nn.LayerNorm(width) if flat else ChannelNorm(width),
+        "instance": lambda: _INSTANCE_NORMS[rank](width, affine=True),
+        "local_response": lambda: nn.LocalResponseNorm(2),
+        "layer": lambda: ChannelNorm(width) if rank else nn.LayerNorm(width),
     }
     return makers[name]()
 
@@ -243,13 +363,13 @@ class Block(nn.Module):
     scratch: Tensor
     offset: Tensor
 
-    def __init__(self, spec: BlockSpec, width: int, flat: bool) -> None:
+    def __init__(self, spec: BlockSpec, width: int, rank: int) -> None:
         super().__init__()
-        self.conv, self.width = _layer(spec.layer, width, flat)
-        self.norm = _norm(spec.norm, self.width, flat)
+        self.conv, self.width = _layer(spec.layer, width, rank)
+        self.norm = _norm(spec.norm, self.width, rank)
         self.act = ACTIVATIONS[spec.activation]()
-        self.flat = flat
-        self.channels_shape = (1, -1) if flat else (1, -1, 1, 1)
+        self.rank = rank
+        self.channels_shape = (1, -1, *[1] * rank)
         self.extend(spec, width)
 
     def extend(self, spec: BlockSpec, width: int) -> None:
@@ -257,7 +377,7 @@ class Block(nn.Module):
 
     def second(self) -> nn.Module:
         """A further layer that keeps the shape."""
-        return _layer("plain", self.width, self.flat)[0]
+        return _layer("plain", self.width, self.rank)[0]
 
     def unit(self, x: Tensor) -> Tensor:
         x = self.conv(x)
@@ -298,7 +418,7 @@ class Basic(Block):
 
     def extend(self, spec: BlockSpec, width: int) -> None:
         self.conv2 = self.second()
-        self.norm2 = _norm(spec.norm, self.width, self.flat)
+        self.norm2 = _norm(spec.norm, self.width, self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.act(self.unit(x))
@@ -312,7 +432,7 @@ class PreActivation(Block):
     """Normalisation and activation before the layer; two units' worth of order changed."""
 
     def extend(self, spec: BlockSpec, width: int) -> None:
-        self.first_norm = nn.BatchNorm1d(width) if self.flat else nn.BatchNorm2d(width)
+        self.first_norm = _BATCH_NORMS[self.rank](width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.unit(self.act(self.first_norm(x)))
@@ -382,7 +502,7 @@ class Branches(Block):
 
     def extend(self, spec: BlockSpec, width: int) -> None:
         self.conv2 = self.second()
-        self.mix = nn.Linear(2 * width, width) if self.flat else nn.Conv2d(2 * width, width, 1)
+        self.mix = _CONVS[self.rank](2 * width, width, 1) if self.rank else nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mix(torch.cat([self.act(self.unit(x)), self.act(self.conv2(x))], 1))
@@ -396,7 +516,7 @@ class Gated(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.act(self.unit(x))
-        gate = torch.sigmoid(self.gate(F.relu(out.flatten(2).mean(2) if not self.flat else out)))
+        gate = torch.sigmoid(self.gate(F.relu(out.flatten(2).mean(2) if self.rank else out)))
         return out * gate.view(out.size(0), *self.channels_shape[1:])
 
 
@@ -737,7 +857,8 @@ class FunctionalLayer(Block):
     def forward(self, x: Tensor) -> Tensor:
         out = self.act(self.unit(x))
         weight: Any = self.conv2.weight
-        return F.relu(F.linear(out, weight) if self.flat else F.conv2d(out, weight, padding=1))
+        functions: Any = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+        return F.relu(functions[self.rank](out, weight, **({"padding": 1} if self.rank else {})))
 
 
 class Nested(Block):
@@ -746,7 +867,7 @@ class Nested(Block):
     def extend(self, spec: BlockSpec, width: int) -> None:
         inside = BlockSpec(form="residual", activation=spec.activation)
         self.body = nn.Sequential(
-            nn.Sequential(Residual(inside, self.width, self.flat), nn.ReLU()), self.second()
+            nn.Sequential(Residual(inside, self.width, self.rank), nn.ReLU()), self.second()
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -827,7 +948,7 @@ class ChildMethod(Block):
     """A method of a child that is not its forward."""
 
     def extend(self, spec: BlockSpec, width: int) -> None:
-        self.child = Child(BlockSpec(activation=spec.activation), self.width, self.flat)
+        self.child = Child(BlockSpec(activation=spec.activation), self.width, self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.child.features(self.unit(x)) + self.child(self.unit(x))
@@ -837,7 +958,7 @@ class ChildForward(Block):
     """A child's forward called without `__call__`, so that its hooks do not run."""
 
     def extend(self, spec: BlockSpec, width: int) -> None:
-        self.child = Child(BlockSpec(activation=spec.activation), self.width, self.flat)
+        self.child = Child(BlockSpec(activation=spec.activation), self.width, self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.unit(x)) + self.child.forward(self.unit(x))
@@ -924,6 +1045,412 @@ class Constant(Block):
         return self.act(self.unit(x)) * ramp
 
 
+class SequentialUnit(Block):
+    """The whole unit in one Sequential, as torchvision's ConvNormActivation has it."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        parts = [self.conv, *([] if self.norm is None else [self.norm])]
+        if isinstance(self.act, nn.Module):
+            parts.append(self.act)
+        for name in ("conv", "norm", "act"):
+            self._modules.pop(name, None)
+        self.body = nn.Sequential(*parts)
+
+    @property
+    def first(self) -> nn.Module:
+        return self.body[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(x)
+        return self.act(out) if "act" in vars(self) else out
+
+
+class EmptyShortcut(Block):
+    """A residual through an empty Sequential, which is an identity."""
+
+    adds_input = True
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.shortcut = nn.Sequential()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.unit(x)
+        out += self.shortcut(x)
+        return self.act(out)
+
+
+class AddMethod(Block):
+    """`add_` as a method, its result straight into the activation."""
+
+    adds_input = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.unit(x).add_(x))
+
+
+class SharedNorm(Block):
+    """One normalisation after two layers."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.conv2 = self.second()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv2(self.act(self.unit(x)))
+        return self.act(out if self.norm is None else self.norm(out))
+
+
+class Split(Block):
+    """The channels in two parts, of which one is activated (in place, perhaps) and both are joined again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.unit(x) * 0.5
+        first, second = out[:, : self.width // 2], out[:, self.width // 2 :]
+        return torch.cat([first, self.act(second) + first], 1)
+
+
+class Collect(Block):
+    """A list that grows while the forward runs, and is joined in the end."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.steps_of = nn.ModuleList([self.second(), self.second()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [self.unit(x)]
+        outputs.extend(self.act(step(outputs[-1])) for step in self.steps_of)
+        return torch.stack(outputs).sum(0)
+
+
+class RegisteredInList(Block):
+    """Registered modules that the forward reads from a plain list of tuples."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.conv2 = self.second()
+        self.pairs = [(self.conv, self.act), (self.conv2, self.act)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, activation in self.pairs:
+            x = activation(layer(x))
+        return x if self.norm is None else self.norm(x)
+
+
+class SuperForward(Plain):
+    """A forward that calls the parent class's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * super().forward(x)
+
+
+class OwnCall(Plain):
+    """A `__call__` of its own around the module's."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 0.5 * super().__call__(x)
+
+
+class CallsOwnCall(Block):
+    """A child with a `__call__` of its own."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.child = OwnCall(BlockSpec(activation=spec.activation), self.width, self.rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.child(self.unit(x)))
+
+
+def halving(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A decorator of forwards, as transformers has many."""
+
+    @functools.wraps(forward)
+    def wrapper(self: Any, *inputs: Any, **keywords: Any) -> Tensor:
+        return 0.5 * forward(self, *inputs, **keywords)
+
+    return wrapper
+
+
+class Decorated(Block):
+    """A forward under a decorator that changes its result."""
+
+    @halving
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.unit(x))
+
+
+class KeywordCalls(Block):
+    """Layers called by keyword."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(input=x)
+        return self.act(out if self.norm is None else self.norm(input=out))
+
+
+class InnerFunction(Block):
+    """A function defined in the forward, which closes over the module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def body(value: Tensor, factor: float = 0.5) -> Tensor:
+            return self.act(self.unit(value) * factor)
+
+        return body(x) + body(x, factor=0.25)
+
+
+class PropertyActivation(Block):
+    """The activation behind a property."""
+
+    @property
+    def activation(self) -> Any:
+        return self.act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.unit(x))
+
+
+class ByName(Block):
+    """An activation looked up by its name in `torch.nn.functional`."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.how = "relu"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(F, self.how)(self.act(self.unit(x)) - 0.1)
+
+
+class ByNameInABranch(ByName):
+    """The same, in a forward that cannot be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.unit(x)) - 0.1
+        return getattr(F, self.how)(out) if out.sum() > 0 else out
+
+
+class FunctionTable(Block):
+    """Activation functions in a dict of the module's."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.table: dict[str, Any] = {"relu": F.relu, "gelu": F.gelu}
+        self.how = "relu"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table[self.how](self.act(self.unit(x)) - 0.1)
+
+
+class FunctionTableInABranch(FunctionTable):
+    """The same, in a forward that cannot be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.unit(x)) - 0.1
+        return self.table[self.how](out) if out.sum() > 0 else out
+
+
+ACT2FN: dict[str, Any] = {"relu": F.relu, "gelu": F.gelu, "relu6": nn.ReLU6}
+
+
+class GlobalTable(Block):
+    """Activations looked up in a global table in the forward (transformers' ACT2FN)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ACT2FN["relu"](self.act(self.unit(x)) - 0.1)
+
+
+class GlobalTableInABranch(Block):
+    """The same, in a forward that cannot be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.unit(x)) - 0.1
+        return ACT2FN["relu"](out) if out.sum() > 0 else out
+
+
+class FromTable(Block):
+    """An activation module made from a global table, as transformers' `self.act_fn = ACT2FN[...]`."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.act_fn = ACT2FN["relu6"]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act_fn(self.act(self.unit(x)) - 0.1)
+
+
+class MadeInForward(Block):
+    """An activation module that is made in the forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.ReLU()(self.act(self.unit(x)) - 0.1)
+
+
+class HiddenInDict(Block):
+    """An activation module in a plain dict, which `modules()` does not see."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.hidden = {"act": nn.ReLU()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hidden["act"](self.act(self.unit(x)) - 0.1)
+
+
+class LowRank(nn.Module):
+    """A layer with a low-rank correction beside it (LoRA), and the layer's attributes as its own (peft)."""
+
+    def __init__(self, base_layer: nn.Module, rank: int, width: int, out: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        kind: Any = _CONVS[rank] if rank else nn.Linear
+        size = (1,) if rank else ()
+        self.lora_a, self.lora_b = kind(width, 1, *size, bias=False), kind(1, out, *size, bias=False)
+        self.dropout = nn.Dropout(0.1)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name.startswith("__"):  # copying and pickling ask for such names
+                raise
+            return getattr(self.base_layer, name)
+
+    def forward(self, input: Tensor, *rest: Any, **keywords: Any) -> Tensor:
+        return self.base_layer(input, *rest, **keywords) + 0.5 * self.lora_b(self.lora_a(self.dropout(input)))
+
+
+class Lora(Block):
+    """A layer that is wrapped as LoRA wraps it."""
+
+    adds_input = True  # so that the correction fits whatever the geometry
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.conv = LowRank(self.conv, self.rank, width, self.width)
+
+
+class TiedEmbedding(Block):
+    """A linear layer and an embedding that share one weight."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.embedding = nn.Embedding(5, self.width)
+        self.scores = nn.Linear(self.width, 5, bias=False)
+        self.scores.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.unit(x))
+        scores = self.scores(out.flatten(2).mean(2) if self.rank else out)
+        words = self.embedding(scores.argmax(1)) + scores.mean()
+        return out + words.view(words.size(0), *self.channels_shape[1:])
+
+
+class Attention(Block):
+    """A transformer's layer of torch: a fused kernel takes over in eval mode without gradients."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.layer = nn.TransformerEncoderLayer(
+            self.width, 1, self.width, dropout=0.1, batch_first=True, norm_first=True
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.unit(x))
+        tokens = out.flatten(2).transpose(1, 2) if self.rank else out.unsqueeze(1)
+        return self.layer(tokens).transpose(1, 2).reshape(out.shape)
+
+
+class Recurrent(Block):
+    """A recurrent layer of torch, whose ReLUs are inside its kernel."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.layer = nn.RNN(self.width, self.width, nonlinearity="relu", batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.unit(x))
+        pooled = out.flatten(2).mean(2) if self.rank else out
+        return out + self.layer(pooled.unsqueeze(1))[0].squeeze(1).view(out.size(0), *self.channels_shape[1:])
+
+
+@dataclass
+class Answer:
+    """What some children and networks return."""
+
+    main: Tensor
+    rest: list[Tensor] = field(default_factory=list)
+
+
+class AsDataclass(nn.Module):
+    """A child that returns a dataclass."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Answer:
+        return Answer(main=self.act(x), rest=[F.relu(x)])
+
+
+class DataclassOutput(Block):
+    """A child that returns a dataclass, whose fields the forward reads."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.child = AsDataclass(self.act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = self.child(self.unit(x) * 0.5)
+        return answer.main + answer.rest[0]
+
+
+class BufferViews(Block):
+    """A buffer that is a view of another one, and is written to."""
+
+    table: Tensor
+    first_row: Tensor
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.register_buffer("table", torch.zeros(2, self.width))
+        self.register_buffer("first_row", self.table[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.unit(x)
+        if self.training:
+            self.first_row.add_(0.5)
+        return self.act(out + self.table.sum(0).view(self.channels_shape))
+
+
+class TensorAttribute(Block):
+    """A tensor that is a plain attribute, neither parameter nor buffer."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.ramp = torch.linspace(0.5, 1.5, self.width).view(self.channels_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.unit(x) * self.ramp)
+
+
+class BackReference(Block):
+    """A child that knows its parent, through a list so that it is not registered."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.factor = 0.5
+        self.child = KnowsParent(self.act)
+        self.child.parent = [self]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(self.unit(x))
+
+
+class KnowsParent(nn.Module):
+    """Asks its parent for a number."""
+
+    parent: list[Any]
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x * self.parent[0].factor)
+
+
+class ReplacedForward(Block):
+    """A forward that was replaced on the instance, as accelerate's hooks do."""
+
+    def extend(self, spec: BlockSpec, width: int) -> None:
+        self.forward = self.replacement  # type: ignore[method-assign]
+
+    def replacement(self, x: Tensor) -> Tensor:
+        return F.relu(self.act(self.unit(x)) - 0.1)
+
+
 BLOCKS: dict[str, type[Block]] = {
     "plain": Plain,
     "residual": Residual,
@@ -980,6 +1507,38 @@ BLOCKS: dict[str, type[Block]] = {
     "checkpointed": Checkpointed,
     "tensor_hook": TensorHook,
     "constant": Constant,
+    "sequential_unit": SequentialUnit,
+    "empty_shortcut": EmptyShortcut,
+    "add_method": AddMethod,
+    "shared_norm": SharedNorm,
+    "split": Split,
+    "collect": Collect,
+    "registered_in_list": RegisteredInList,
+    "super_forward": SuperForward,
+    "own_call": OwnCall,
+    "calls_own_call": CallsOwnCall,
+    "decorated": Decorated,
+    "keyword_calls": KeywordCalls,
+    "inner_function": InnerFunction,
+    "property_activation": PropertyActivation,
+    "by_name": ByName,
+    "by_name_in_a_branch": ByNameInABranch,
+    "function_table": FunctionTable,
+    "function_table_in_a_branch": FunctionTableInABranch,
+    "global_table": GlobalTable,
+    "global_table_in_a_branch": GlobalTableInABranch,
+    "from_table": FromTable,
+    "made_in_forward": MadeInForward,
+    "hidden_in_dict": HiddenInDict,
+    "lora": Lora,
+    "tied_embedding": TiedEmbedding,
+    "attention": Attention,
+    "recurrent": Recurrent,
+    "dataclass_output": DataclassOutput,
+    "buffer_views": BufferViews,
+    "tensor_attribute": TensorAttribute,
+    "back_reference": BackReference,
+    "replaced_forward": ReplacedForward,
 }
 
 _OPTIONS: dict[str, tuple[tuple[str, Any], ...]] = {
@@ -992,10 +1551,10 @@ _OPTIONS: dict[str, tuple[tuple[str, Any], ...]] = {
 
 
 class Pool(nn.Module):
-    """The mean over all positions of an image; a vector stays."""
+    """The mean over all positions; a vector stays."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(2).mean(2) if x.dim() == 4 else x
+        return x.flatten(2).mean(2) if x.dim() > 2 else x
 
 
 class Tower(nn.Module):
@@ -1024,6 +1583,12 @@ class Tower(nn.Module):
             return [logits, [pooled]]
         if self.returns == "dict":
             return {"logits": logits, "features": {"pooled": pooled, "count": len(self.blocks)}}
+        if self.returns == "named_tuple":
+            return Pair(logits, [pooled])
+        if self.returns == "dataclass":
+            return Answer(main=logits, rest=[pooled])
+        if self.returns == "ordered_dict":
+            return collections.OrderedDict(logits=logits, pooled=pooled)
         return logits
 
 
@@ -1043,11 +1608,11 @@ class Staged(Tower):
 
 
 def _parts(spec: Spec) -> tuple[nn.Module, list[nn.Module], nn.Module]:
-    flat, width = spec.network == "mlp", spec.width
-    stem = nn.Linear(spec.size, width) if flat else nn.Conv2d(3, width, 3, padding=1)
+    rank, width = NETWORKS[spec.network], spec.width
+    stem = _CONVS[rank](3, width, 3, padding=1) if rank else nn.Linear(spec.size, width)
     blocks: list[nn.Module] = []
     for block in spec.blocks:
-        made = BLOCKS[block.form](block, width, flat)
+        made = BLOCKS[block.form](block, width, rank)
         blocks.append(made)
         width = made.width
     if "shared_block" in spec.extras:
@@ -1055,8 +1620,14 @@ def _parts(spec: Spec) -> tuple[nn.Module, list[nn.Module], nn.Module]:
     return stem, blocks, nn.Linear(width, CLASSES)
 
 
+NETWORKS = {"conv": 2, "mlp": 0, "conv1d": 1, "conv3d": 3}
+"""Kinds of networks, and in how many dimensions they convolve; 0: linear layers."""
+
 ROOTS = ("tower", "sequential", "staged")
-RETURNS = ("tensor", "tuple", "list", "dict")
+RETURNS = ("tensor", "tuple", "list", "dict", "named_tuple", "dataclass", "ordered_dict")
+
+
+_NORM_CLASSES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def halve_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -1073,6 +1644,10 @@ def shift_input_with_keywords(module: nn.Module, inputs: Any, keywords: Any) -> 
 
 def double_input_gradient(module: nn.Module, gradients: Any, output_gradients: Any) -> Any:
     return tuple(None if gradient is None else 2 * gradient for gradient in gradients)
+
+
+def double_output_gradient(module: nn.Module, gradients: Any) -> Any:
+    return tuple(2 * gradient for gradient in gradients)
 
 
 @dataclass
@@ -1097,9 +1672,60 @@ def _hook_activation(model: nn.Module) -> None:
             break
 
 
+def _first_layer(model: nn.Module) -> nn.Module:
+    """The layer of the first block, wherever the block keeps it."""
+    block = _first_block(model)
+    return block.first if isinstance(block, SequentialUnit) else block.conv
+
+
+def _hook_norm(model: nn.Module) -> None:
+    """On the first normalisation, where there is one."""
+    for module in model.modules():
+        if isinstance(module, (*_NORM_CLASSES, nn.GroupNorm, nn.LayerNorm)):
+            module.register_forward_hook(halve_output)
+            break
+
+
+def note_calls(module: nn.Module, state: Any, *rest: Any) -> None:
+    """A hook on saving or loading that leaves everything as it is."""
+
+
+def _hook_state(model: nn.Module) -> None:
+    block = _first_block(model)
+    block.register_state_dict_post_hook(note_calls)
+    block.register_load_state_dict_pre_hook(note_calls)
+
+
+def _hook_bound(model: nn.Module) -> None:
+    """A hook that is a method of a module of this model."""
+    block = _first_block(model)
+    block.hook_calls = Tally()
+    block.register_forward_hook(block.hook_calls.count)
+
+
+class Tally(nn.Module):
+    """Counts in a buffer how often its hook was called."""
+
+    number: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("number", torch.zeros((), dtype=torch.long))
+
+    def count(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.number += 1
+
+
+def _head(model: nn.Module) -> nn.Linear:
+    return next(module for module in reversed(list(model.modules())) if isinstance(module, nn.Linear))
+
+
 def _hook_head_backward(model: nn.Module) -> None:
-    head = next(module for module in reversed(list(model.modules())) if isinstance(module, nn.Linear))
-    head.register_full_backward_hook(double_input_gradient)
+    _head(model).register_full_backward_hook(double_input_gradient)
+
+
+def _hook_head_before_backward(model: nn.Module) -> None:
+    _head(model).register_full_backward_pre_hook(double_output_gradient)
 
 
 def _hook_keywords(model: nn.Module) -> None:
@@ -1113,8 +1739,16 @@ def _freeze_body(model: nn.Module) -> None:
 
 def _norms_in_eval(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if isinstance(module, _NORM_CLASSES):
             module.eval()
+
+
+def _to_channels_last(model: nn.Module) -> None:
+    """Convolution weights of two dimensions, and of three, with the channels last in memory."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in model.parameters():
+        if parameter.dim() in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
 
 
 def _fill_gradients(model: nn.Module) -> None:
@@ -1125,20 +1759,27 @@ def _fill_gradients(model: nn.Module) -> None:
 
 _EXTRAS: dict[str, Callable[[nn.Module], Any]] = {
     "shared_block": lambda model: None,  # the first block is there twice: made in `_parts`
-    "frozen_layer": lambda model: _first_block(model).conv.requires_grad_(False),
+    "frozen_layer": lambda model: _first_layer(model).requires_grad_(False),
     "frozen_body": _freeze_body,
     "eval_mode": lambda model: model.eval(),
     "mixed_mode": _norms_in_eval,
     "double": lambda model: model.double(),
-    "channels_last": lambda model: model.to(memory_format=torch.channels_last),
+    "channels_last": _to_channels_last,
     "gradients": _fill_gradients,
     "block_hook": lambda model: _first_block(model).register_forward_hook(halve_output),
     "block_pre_hook": lambda model: _first_block(model).register_forward_pre_hook(shift_input),
     "keyword_pre_hook": _hook_keywords,
-    "layer_hook": lambda model: _first_block(model).conv.register_forward_hook(halve_output),
+    "layer_hook": lambda model: _first_layer(model).register_forward_hook(halve_output),
     "activation_hook": _hook_activation,
     "root_hook": lambda model: model.register_forward_pre_hook(shift_input),
     "backward_hook": _hook_head_backward,
+    "norm_hook": _hook_norm,
+    "state_hooks": _hook_state,
+    "bound_hook": _hook_bound,
+    "always_called_hook": lambda model: _first_block(model).register_forward_hook(
+        halve_output, always_call=True
+    ),
+    "backward_pre_hook": _hook_head_before_backward,
     "recorder_hook": lambda model: _first_block(model).register_forward_hook(Recorder().record),
 }
 
@@ -1223,7 +1864,8 @@ HAZARDS: frozenset[str] = frozenset(
     + [f"root: {name}" for name in ROOTS]
     + [f"returns: {name}" for name in RETURNS]
     + [f"extra: {name}" for name in _EXTRAS]
-    + ["network: conv", "network: mlp", "called with options"]
+    + [f"network: {name}" for name in NETWORKS]
+    + ["called with options"]
 )
 
 
@@ -1258,7 +1900,9 @@ def picklable(model: nn.Module | Spec) -> bool:
         >>> picklable(Spec(blocks=(BlockSpec(layer="spectral_norm"),)))
         False
     """
-    return not hazards(model) & {"layer: weight_norm", "layer: spectral_norm"}
+    if isinstance(model, nn.Module) and any(parametrize.is_parametrized(each) for each in model.modules()):
+        return False
+    return not hazards(model) & {f"layer: {name}" for name in _PARAMETRIZED}
 
 
 # --- Strategies ---------------------------------------------------------------------------------------------
@@ -1298,7 +1942,7 @@ def specs(*, max_blocks: int = 4) -> st.SearchStrategy[Spec]:
 
 def _read_spec(drawn: bytes, max_blocks: int) -> Spec:
     choices = _Choices(drawn[:_BYTES_BESIDES])
-    network = choices.among(("conv", "conv", "conv", "mlp"))
+    network = choices.among(("conv", "conv", "conv", "mlp", "conv", "conv1d", "conv", "conv3d"))
     root = choices.among(("tower", *ROOTS))
     blocks: list[BlockSpec] = []
     for number in range(choices.among(range(1, max_blocks + 1))):
@@ -1355,7 +1999,7 @@ def models(*, max_blocks: int = 4) -> st.SearchStrategy[nn.Module]:
 
 
 class Batch(NamedTuple):
-    """Inputs of shape (batch, 3, size, size) or (batch, size), and targets of shape (batch,)."""
+    """Inputs of shape (batch, 3, size, ...) or (batch, size), and targets of shape (batch,)."""
 
     inputs: Tensor
     targets: Tensor
@@ -1373,12 +2017,14 @@ def example_batch(spec: Spec, *, seed: int = 0) -> Batch:
         torch.Size([4, 6])
     """
     generator = torch.Generator().manual_seed(seed)
-    shape = (spec.batch, spec.size) if spec.network == "mlp" else (spec.batch, 3, spec.size, spec.size)
+    rank = NETWORKS[spec.network]
+    shape = (spec.batch, *([3] if rank else []), *[spec.size] * max(1, rank))
     inputs = torch.randn(shape, generator=generator)
     if "double" in spec.extras:
         inputs = inputs.double()
-    if "channels_last" in spec.extras and inputs.dim() == 4:
-        inputs = inputs.to(memory_format=torch.channels_last)
+    if "channels_last" in spec.extras and inputs.dim() in (4, 5):
+        last = torch.channels_last if inputs.dim() == 4 else torch.channels_last_3d
+        inputs = inputs.to(memory_format=last)
     return Batch(inputs, torch.randint(CLASSES, (spec.batch,), generator=generator))
 
 
@@ -1445,7 +2091,20 @@ def masks(draw: st.DrawFn, model: nn.Module) -> dict[str, Tensor]:
     return drawn
 
 
-FORMS = ("zeros", "buffers", "torch_prune")
+FORMS = ("zeros", "buffers", "torch_prune", "torch_prune_twice", "parametrization")
+
+
+class MaskedWeight(nn.Module):
+    """A parametrization that multiplies a weight by a mask in a buffer, as `torch.ao.pruning`'s does."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
 
 
 class Masked(NamedTuple):
@@ -1460,7 +2119,8 @@ def mask_model(model: nn.Module, masks: dict[str, Tensor], form: str) -> nn.Modu
     """Put `masks` into `model`, in place, in one of the forms that pruners leave behind.
 
     `"zeros"` only writes zeros, `"buffers"` adds `<parameter>_mask` too, `"torch_prune"` is
-    `torch.nn.utils.prune`, which leaves a computed weight that is not a leaf of autograd.
+    `torch.nn.utils.prune`, which leaves a computed weight that is not a leaf of autograd (`"torch_prune_twice"`:
+    in two steps), and `"parametrization"` one of `torch.nn.utils.parametrize` with a buffer `mask`.
 
     Args:
         model: any module; it is changed.
@@ -1485,8 +2145,14 @@ def mask_model(model: nn.Module, masks: dict[str, Tensor], form: str) -> nn.Modu
             getattr(module, parameter).mul_(mask)
         if form == "buffers":
             module.register_buffer(f"{parameter}_mask", mask.clone())
-        elif form == "torch_prune":
+        elif form.startswith("torch_prune"):
+            if form == "torch_prune_twice":
+                torch_prune.custom_from_mask(
+                    module, parameter, mask | (torch.arange(mask.numel()) % 2 == 0).view(mask.shape)
+                )
             torch_prune.custom_from_mask(module, parameter, mask)
+        elif form == "parametrization":
+            parametrize.register_parametrization(module, parameter, MaskedWeight(mask.clone()))
     return model
 
 
@@ -1546,14 +2212,14 @@ def observe(
     with isolated_rng(seed):
         for call in range(calls):
             inputs = batch.inputs.clone(memory_format=torch.preserve_format).requires_grad_()
-            outputs = pytree.tree_leaves(model(inputs))
+            outputs = _leaves(model(inputs))
             loss = sum(_weighted_sum(output) for output in outputs if isinstance(output, Tensor))
             if isinstance(loss, Tensor) and loss.requires_grad:
                 loss.backward()
             values |= {f"output {call}.{i}": _frozen(output) for i, output in enumerate(outputs)}
             values[f"input gradient {call}"] = _frozen(inputs.grad)
         with torch.no_grad():
-            outputs = pytree.tree_leaves(model(batch.inputs.clone()))
+            outputs = _leaves(model(batch.inputs.clone()))
             values |= {f"output without gradients {i}": _frozen(output) for i, output in enumerate(outputs)}
     values |= {f"gradient of {name}": _frozen(each.grad) for name, each in model.named_parameters()}
     values |= {f"buffer {name}": _frozen(buffer) for name, buffer in model.named_buffers()}
@@ -1562,6 +2228,12 @@ def observe(
             if attribute in vars(module):
                 values[f"attribute {name}.{attribute}"] = _frozen(vars(module)[attribute])
     return Observation(values)
+
+
+def _leaves(outputs: Any) -> list[Any]:
+    """What is in a network's outputs, the fields of dataclasses too."""
+    parts = vars(outputs) if dataclasses.is_dataclass(outputs) else outputs
+    return pytree.tree_leaves(parts)
 
 
 def _weighted_sum(output: Tensor) -> Tensor:
@@ -1666,6 +2338,8 @@ def _difference(a: Any, b: Any, tolerance: float) -> str:
             return f"{len(a)} entries, now {len(b)}"
         found = (_difference(x, y, tolerance) for x, y in zip(a, b, strict=True))
         return next((line for line in found if line), "")
+    if isinstance(a, weakref.ref) and isinstance(b, weakref.ref):
+        return "" if a() is b() else "refers to another object"  # their own comparison would ask the tensors
     if isinstance(a, Tensor) or isinstance(b, Tensor) or a != b:
         return f"{a!r:.40}, now {b!r:.40}"
     return ""

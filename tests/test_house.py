@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparsetweaks"
 FLOORS = (
-    ["errors", "copying", "surgery.kinds", "surgery.programs"],
+    ["errors", "copying", "surgery.kinds", "surgery.programs", "surgery.mentions"],
     ["surgery.tracing", "surgery.dataflow"],
     ["surgery.scopes", "surgery.units"],
     ["prunable", "surgery.sites", "testing"],

@@ -27,7 +27,11 @@ class Kind:
 
 
 _KINDS = (
-    Kind("relu", nn.ReLU, F.relu, (torch.relu, torch.relu_), ("relu", "relu_")),
+    Kind(
+        *("relu", nn.ReLU, F.relu),
+        spellings=(torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_),
+        methods=("relu", "relu_"),
+    ),
     Kind("relu6", nn.ReLU6, F.relu6),
     Kind("leaky_relu", nn.LeakyReLU, F.leaky_relu, (F.leaky_relu_,)),
     Kind("elu", nn.ELU, F.elu, (F.elu_,)),

@@ -8,36 +8,22 @@ anything. Modules that are alike are traced once.
 from __future__ import annotations
 
 import collections
-import dis
 import functools
-import inspect
-import types
-from collections.abc import Callable, Hashable, Iterator, Set
+import itertools
+from collections.abc import Callable, Hashable, Set
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from sparsetweaks.surgery.mentions import DYNAMIC, FUNCTIONS, INDEXES, LOOPS, SLICES, functions_in, mentions
 from sparsetweaks.surgery.programs import PLAIN, Rewritten, Trace, Untraceable
-from sparsetweaks.surgery.tracing import (
-    BASE_ATTRIBUTES,
-    DYNAMIC,
-    MUTATES,
-    STORES_GLOBAL,
-    TYPE_CALL,
-    trace_cases,
-)
-
-SLICES, LOOPS, INDEXES = "[:]", "for", "[]"
-"""What `Scopes.names` holds, beside names, for code that slices, loops, or indexes and unpacks."""
+from sparsetweaks.surgery.tracing import BASE_ATTRIBUTES, trace_cases
 
 _UNNAMED = DYNAMIC | {"_modules", "children", "get_submodule", "map", "modules", "named_children", "named_modules"} | {
     "next", "pop", "reduce",
 }  # fmt: skip
 """Names by which code reaches any module below it without naming that."""
-
-_INDEXING = ("BINARY_SUBSCR", "UNPACK_SEQUENCE", "UNPACK_EX", "CALL_FUNCTION_EX")
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 
 def is_scope(module: nn.Module) -> bool:
@@ -46,17 +32,13 @@ def is_scope(module: nn.Module) -> bool:
         return False
     if isinstance(module, Rewritten):
         return True
-    forward = _forward_of(type(module))
+    forward = getattr(type(module), "forward", None)
     if forward is None or getattr(forward, "__name__", "") == "_forward_unimplemented":
         return False
     origin = getattr(forward, "__module__", None) or ""
     if origin.startswith("torch.nn.modules.transformer") or forward is nn.Sequential.forward:
         return True
     return not origin.startswith(("torch.nn.", "torch.ao."))
-
-
-def _forward_of(cls: type) -> Callable[..., Any] | None:
-    return getattr(cls, "forward", None)
 
 
 class Scopes:
@@ -93,24 +75,21 @@ class Scopes:
 
         Each step of the way down needs a name in the code, or a loop, an index or an unpacking there.
         """
-        mentions = self._mentions(module)
-        steps = sum(mentions[each] for each in (SLICES, LOOPS, INDEXES))
-        anything = not _UNNAMED.isdisjoint(mentions)
+        mentioned = self._mentions(module)
+        steps = sum(mentioned[each] for each in (SLICES, LOOPS, INDEXES))
+        anything = not _UNNAMED.isdisjoint(mentioned)
         return any(
-            wanted(each) and (anything or sum(part not in mentions for part in path.split(".")) <= steps)
+            wanted(each) and (anything or sum(part not in mentioned for part in path.split(".")) <= steps)
             for path, each in module.named_modules()
             if path
         )
 
     def _mentions(self, module: nn.Module) -> collections.Counter[str]:
         classes = frozenset(type(child) for child in module.modules())
-        plain = (
-            value for value in vars(module).values() if isinstance(value, (functools.partial, *_FUNCTIONS))
-        )
-        held = frozenset(value.func if isinstance(value, functools.partial) else value for value in plain)
+        held = frozenset(itertools.chain.from_iterable(map(functions_in, vars(module).values())))
         key = (type(module), classes, held)
         if key not in self._names:
-            self._names[key] = _reachable_names(type(module), classes, held)
+            self._names[key] = mentions(type(module), classes, held)
         return self._names[key]
 
 
@@ -144,7 +123,7 @@ def _fingerprint(module: nn.Module, names: Set[str]) -> Hashable:
 
 
 def _value_key(value: Any) -> Hashable:
-    if isinstance(value, (*PLAIN, *_FUNCTIONS)):
+    if isinstance(value, (*PLAIN, *FUNCTIONS)):
         return (type(value), value)
     if isinstance(value, functools.partial):
         return (functools.partial, value.func, _value_key(value.args), _value_key(value.keywords))
@@ -153,62 +132,3 @@ def _value_key(value: Any) -> Hashable:
     if type(value) is dict:
         return (dict, tuple((_value_key(key), _value_key(each)) for key, each in value.items()))
     return id(value)
-
-
-def _reachable_names(cls: type, classes: frozenset[type], held: frozenset[Any]) -> collections.Counter[str]:
-    """Names and string constants in the code of `cls.forward` and of what it calls by name, torch's own left out."""
-    names: collections.Counter[str] = collections.Counter()
-    seen: set[int] = set()
-    pending: list[Any] = [_forward_of(cls), *held]
-    while pending:
-        function = inspect.unwrap(pending.pop())
-        code = getattr(function, "__code__", None)
-        if code is None or id(code) in seen:
-            continue
-        seen.add(id(code))
-        found_here = collections.Counter(_names_in(code))
-        new = found_here.keys() - names.keys()
-        names += found_here
-        scope = getattr(function, "__globals__", {})
-        libraries = [scope[name] for name in new if isinstance(scope.get(name), types.ModuleType)]
-        libraries = [each for each in libraries if not each.__name__.startswith("torch")]
-        for name in new:
-            found = [vars(base).get(name) for base in cls.__mro__]
-            if name not in ("forward", "__call__"):
-                found += [vars(base).get(name) for each in classes for base in each.__mro__]
-            found += [scope.get(name), *(getattr(each, name, None) for each in libraries)]
-            for candidate in found:
-                candidate = getattr(candidate, "fget", None) or getattr(candidate, "__func__", candidate)
-                origin = getattr(candidate, "__module__", None) or ""
-                if isinstance(candidate, types.FunctionType) and not origin.startswith("torch."):
-                    pending.append(candidate)
-    return names
-
-
-def _names_in(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    yield from code.co_freevars
-    before = ""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("BUILD_SLICE", "BINARY_SLICE"):
-            yield SLICES
-        elif instruction.opname == "UNPACK_SEQUENCE" and before == "FOR_ITER":
-            pass  # `for name, layer in items` is one step down
-        elif instruction.opname in _INDEXING or instruction.argrepr == "[]":
-            yield INDEXES
-        elif instruction.opname == "FOR_ITER":
-            yield LOOPS
-        elif instruction.opname == "STORE_GLOBAL":
-            yield STORES_GLOBAL
-        elif instruction.opname == "LOAD_GLOBAL" and instruction.argval == "type":
-            yield TYPE_CALL
-        elif instruction.opname in ("STORE_ATTR", "STORE_SUBSCR", "DELETE_ATTR", "DELETE_SUBSCR"):
-            yield MUTATES
-        before = instruction.opname
-    for constant in code.co_consts:
-        if isinstance(constant, str):
-            yield constant
-        elif isinstance(constant, slice):
-            yield SLICES
-        elif isinstance(constant, types.CodeType):
-            yield from _names_in(constant)

@@ -17,9 +17,10 @@ from sparsetweaks.copying import check_model
 from sparsetweaks.errors import SurgeryError
 from sparsetweaks.surgery import kinds as k
 from sparsetweaks.surgery.dataflow import called, is_observed, is_overwritten
+from sparsetweaks.surgery.mentions import DYNAMIC, LOOPS, SLICES
 from sparsetweaks.surgery.programs import Trace, Untraceable
-from sparsetweaks.surgery.scopes import LOOPS, SLICES, Scopes, is_scope
-from sparsetweaks.surgery.tracing import BASE_ATTRIBUTES, DYNAMIC
+from sparsetweaks.surgery.scopes import Scopes, is_scope
+from sparsetweaks.surgery.tracing import BASE_ATTRIBUTES
 from sparsetweaks.surgery.units import kind_of_layer, layer_types, units_in
 
 Where = Callable[["Site"], bool] | str | Sequence[str] | None
@@ -272,6 +273,7 @@ def _unread(
             yield Found(Site(scope, name, kind.name, "attribute"), module)
     children = set(module._modules)
     for name, value in vars(module).items():
+        value = list(value.values()) if isinstance(value, dict) and name not in BASE_ATTRIBUTES else value
         for held in value if isinstance(value, (list, tuple)) else ():
             kind = k.kind_of_module(held) if isinstance(held, nn.Module) else None
             if kind is not None and kind.name in wanted and held not in module.modules():

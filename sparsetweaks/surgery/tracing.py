@@ -16,7 +16,6 @@ import builtins
 import contextlib
 import inspect
 import itertools
-import pickle
 import random
 import sys
 import threading
@@ -27,6 +26,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx, nn
 
+from sparsetweaks.surgery.mentions import DYNAMIC, MUTATES, STORES_GLOBAL, TYPE_CALL
 from sparsetweaks.surgery.programs import GIVEN, PLAIN, Case, Trace, Untraceable, source_of
 
 MAX_CASES = 32
@@ -34,12 +34,6 @@ MAX_CASES = 32
 
 BASE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """What every module has; everything else in a module's `__dict__` is its own."""
-
-DYNAMIC = frozenset(["__dict__", "vars", "getattr", "hasattr", "attrgetter", "__getattribute__"])
-"""Names by which code may read attributes that it does not name."""
-
-MUTATES, STORES_GLOBAL, TYPE_CALL = "[]=", "global", "type()"
-"""What stands beside the names of code that assigns to attributes or items, assigns to globals, or calls `type`."""
 
 _MUTATORS = frozenset(
     [MUTATES, "append", "appendleft", "extend", "insert", "add", "update", "setdefault", "pop", "popleft"]
@@ -210,7 +204,7 @@ def _trace_one(
     finally:
         drew = random.getstate() != state or not torch.equal(torch.random.get_rng_state(), rng)
         if numpy is not None:
-            drew = drew or not _same_draws(numpy.random.get_state(legacy=False), numpy_state)
+            drew = drew or not _equal_states(numpy.random.get_state(legacy=False), numpy_state)
             numpy.random.set_state(numpy_state)
         random.setstate(state)
         torch.random.set_rng_state(rng)
@@ -222,9 +216,12 @@ def _trace_one(
     return graph, tracer.asked
 
 
-def _same_draws(one: Any, other: Any) -> bool:
-    """Whether two states of NumPy's global generator, whichever it is, will draw the same numbers."""
-    return pickle.dumps(one) == pickle.dumps(other)
+def _equal_states(one: Any, other: Any) -> bool:
+    """Whether two states of NumPy's generator are equal: mappings of mappings, arrays and numbers."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal_states(one[key], other[key]) for key in one)
+    same = one == other
+    return bool(same if isinstance(same, bool) else same.all())
 
 
 class _StandIns:
@@ -319,6 +316,15 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        call = type(m).__call__
+        own = call is not nn.Module.__call__ and not (getattr(call, "__module__", None) or "").startswith(
+            "torch."
+        )
+        if own and not isinstance(m, fx.GraphModule):  # what it does around the call would be done twice
+            self.refuse(f"its child of class {type(m).__name__} has a __call__ of its own")
+        return super().call_module(m, forward, args, kwargs)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
