@@ -45,10 +45,10 @@ class Convolutional(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, padding=1)
-        self.norm = nn.BatchNorm2d(4)
-        self.blocks = nn.Sequential(Block(4, 4, 1), Block(4, 6, 2))
-        self.head = nn.Linear(6, CLASSES)
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)  # more channels: its skip pads
+        self.norm = nn.BatchNorm2d(6)
+        self.blocks = nn.Sequential(Block(6, 6, 1), Block(6, 4, 2))  # fewer: its skip averages
+        self.head = nn.Linear(4, CLASSES)
 
     def forward(self, input: Tensor) -> Tensor:
         hidden = self.blocks(self.norm(self.conv(input)).relu())
