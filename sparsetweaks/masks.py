@@ -8,7 +8,8 @@ mask parametrization (such as `torch.ao.pruning`'s `FakeSparsity`) are understoo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -323,10 +324,12 @@ def keep_masks(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
     The masks are those of the model's buffers at each moment, so a checkpoint may be loaded within. Parameter
     groups may be added within. Layers of `torch.nn.utils.prune` and mask parametrizations hold their own
     weights; for these only gradients and optimizer state are held. It costs one integer AND per masked
-    tensor of weights, gradients and state, and the memory of one more copy of the masked weights.
+    tensor of weights, gradients and state, and the memory of one more copy of the masked weights. Of weights
+    that FSDP2 shards, each process holds its own shard.
 
     Args:
-        model: the masked model that is trained, also wrapped by torch.compile or DistributedDataParallel.
+        model: the masked model that is trained, also wrapped by torch.compile or DistributedDataParallel, or
+            sharded by `fully_shard`.
         optimizers: every optimizer that steps its parameters.
 
     Raises:
@@ -344,6 +347,7 @@ def keep_masks(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
         >>> ticket.weight[0, 1].item()
         0.0
     """
+    _reshard(model)
     held = {place.parameter: _Held(place) for place in _masked_places(model)}
     if not held:
         raise ValueError("the model has no masks to keep: use prune or apply_masks first")
@@ -366,7 +370,7 @@ def keep_masks(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
             hold.zero_weight_()
             if parameter.grad is not None:
                 hold.zero_(parameter.grad)
-            stack.callback(_register_gradient_hook(parameter, hold.zeroed).remove)
+            stack.callback(_register_gradient_hook(parameter, hold).remove)
         for optimizer in dict.fromkeys(optimizers):
             _zero_pruned(optimizer, held)
             if isinstance(optimizer, LBFGS):
@@ -394,7 +398,7 @@ class _Held:
         assert stored is not None
         if stored is not self._stored or stored._version != self._version:  # loaded, moved or changed
             integer = _INTEGERS.get(self._parameter.dtype.itemsize, torch.int8)
-            self._bits = (stored != 0).to(integer).neg_()
+            self._bits = _shard_of(stored != 0, self._parameter).to(integer).neg_()
             self._stored, self._version = stored, stored._version
         return self._bits
 
@@ -402,6 +406,7 @@ class _Held:
     def zero_(self, tensor: Tensor) -> None:
         """Zero the pruned places of a tensor shaped like the parameter."""
         bits = self.bits()
+        tensor = _local(tensor)
         if _fit(tensor, bits):
             tensor.view(bits.dtype).bitwise_and_(bits)
         else:  # optimizer state of another width, or held elsewhere
@@ -410,6 +415,10 @@ class _Held:
     def zero_weight_(self) -> None:
         if self._plain:
             self.zero_(self._parameter)
+
+    def zero_gradient_(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self.zero_(parameter.grad)
 
     def zeroed(self, gradient: Tensor) -> Tensor:
         bits = self.bits()
@@ -423,13 +432,48 @@ def _fit(tensor: Tensor, bits: Tensor) -> bool:
     return tensor.dtype.itemsize == bits.dtype.itemsize and tensor.device == bits.device
 
 
-def _register_gradient_hook(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> Any:
-    """Register `hook`, also on a parameter that is frozen now: it may be unfrozen later."""
+def _register_gradient_hook(parameter: nn.Parameter, hold: _Held) -> Any:
+    """Have each gradient zeroed, also of a parameter that is frozen now: it may be unfrozen later."""
     frozen = not parameter.requires_grad
     parameter.requires_grad_(True)
-    handle = parameter.register_hook(hook)
+    if _is_sharded(parameter):  # FSDP sets a shard's gradient itself, past the hooks of gradients
+        handle = parameter.register_post_accumulate_grad_hook(hold.zero_gradient_)
+    else:
+        handle = parameter.register_hook(hold.zeroed)
     parameter.requires_grad_(not frozen)
     return handle
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor, of which each process holds a part."""
+    return hasattr(tensor, "placements")
+
+
+def _local(tensor: Any) -> Tensor:
+    """The memory of a tensor in this process."""
+    return tensor.to_local() if _is_sharded(tensor) else tensor
+
+
+def _shard_of(mask: Any, parameter: Any) -> Tensor:
+    """The part of a mask that belongs to this process's shard of a parameter; nothing is communicated."""
+    if not _is_sharded(parameter):
+        return mask
+    from torch.distributed.tensor import DTensor, Replicate  # loaded long since where there is one
+
+    mesh = parameter.device_mesh
+    if not _is_sharded(mask):
+        replicated = [Replicate()] * mesh.ndim
+        mask = DTensor.from_local(mask.to(parameter.device), mesh, replicated, run_check=False)
+    return mask.redistribute(placements=parameter.placements).to_local()
+
+
+def _reshard(model: nn.Module) -> None:
+    """Have FSDP2 put back its shards, which are what the optimizer steps: after a forward pass alone the whole
+    parameters of the outermost module stay in their place."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def _parameters_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:

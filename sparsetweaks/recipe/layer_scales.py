@@ -42,6 +42,7 @@ BETAS = (0.9, 0.999)  # of the Adam that learns the scales, as in the reference
 EPSILON = 1e-8
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_TWICE_DIFFERENTIABLE = SDPBackend.MATH  # fused attention has no second derivative
 
 
 @dataclass(frozen=True)
@@ -350,7 +351,7 @@ class _Search:
         if norm.item() > self.settings.gamma:
             if not graph:
                 _, gradient = self._gradient(pair, graph=True)
-            self._update(_differentiate(self._norm(gradient), self.parameters), bounding=True)
+            self._update(self._twice(self._norm(gradient)), bounding=True)
             return loss, norm.item(), math.nan
         step = [part.detach() for part in self._step(gradient)]
         del gradient
@@ -373,12 +374,17 @@ class _Search:
 
     def _gradient(self, pair: Pair, *, graph: bool) -> tuple[float, list[Tensor]]:
         """The loss and its gradient without pruned weights, which with `graph` can be differentiated."""
-        kernels: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH) if graph else nullcontext()
-        with kernels:  # fused attention has no second derivative
+        kernels: AbstractContextManager[Any] = sdpa_kernel(_TWICE_DIFFERENTIABLE) if graph else nullcontext()
+        with kernels:
             loss = self._loss(pair, "before the step")
             gradient = _differentiate(loss, self.parameters, graph=graph)
         parts = zip(gradient, self.masks, strict=True)
         return loss.item(), [part if mask is None else part * mask for part, mask in parts]
+
+    def _twice(self, value: Tensor) -> list[Tensor]:
+        """Differentiate what was made of a gradient: where the model checkpoints, its forward runs again here."""
+        with sdpa_kernel(_TWICE_DIFFERENTIABLE):
+            return _differentiate(value, self.parameters)
 
     def _norm(self, gradient: list[Tensor]) -> Tensor:
         if self.settings.algorithm == "adam":
@@ -411,7 +417,7 @@ class _Search:
         """Carry the gradient after the step back to the weights before it: subtract (d step)^T slopes."""
         _, gradient = self._gradient(pair, graph=True)
         products = [(part * slope).sum() for part, slope in zip(self._step(gradient), slopes, strict=True)]
-        through = _differentiate(torch.as_tensor(sum(products)), self.parameters)
+        through = self._twice(torch.as_tensor(sum(products)))
         return [slope - part for slope, part in zip(slopes, through, strict=True)]
 
     @torch.no_grad()
