@@ -1,8 +1,10 @@
 """Spend sparse networks better after drawing them: tweaks for any model and any mask."""
 
 from sparsetweaks.copying import copy_model
+from sparsetweaks.counting import sparsity
 from sparsetweaks.errors import NoEffectWarning, SurgeryError
-from sparsetweaks.masks import apply_masks, find_masks, keep_masks, rewind, sparsity
+from sparsetweaks.keeping import keep_masks
+from sparsetweaks.masks import apply_masks, find_masks, rewind
 from sparsetweaks.prunable import prunable_weights
 from sparsetweaks.pruning import prune
 from sparsetweaks.recipe.labels import SoftLabelLoss, distillation_loss, smooth_labels

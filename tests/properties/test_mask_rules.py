@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparsetweaks.errors import NoEffectWarning
-from sparsetweaks.masks import apply_masks, find_masks, keep_masks
+from sparsetweaks.keeping import keep_masks
+from sparsetweaks.masks import apply_masks, find_masks
 from sparsetweaks.surgery.activations import swap_activations
 from sparsetweaks.surgery.skips import inject_skips
 from sparsetweaks.testing import (
