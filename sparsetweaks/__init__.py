@@ -1,5 +1,6 @@
 """Spend sparse networks better after drawing them: tweaks for any model and any mask."""
 
+from sparsetweaks.converting import convert_masks
 from sparsetweaks.copying import copy_model
 from sparsetweaks.counting import sparsity
 from sparsetweaks.errors import NoEffectWarning, SurgeryError
@@ -20,6 +21,7 @@ __all__ = [
     "SurgeryError",
     "apply_masks",
     "changes",
+    "convert_masks",
     "copy_model",
     "distillation_loss",
     "find_activations",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparsetweaks.forms import Place, places
+from sparsetweaks.forms import Place, masked_parameters, places
 from sparsetweaks.prunable import Selection, added_modules, select_weights
 
 
@@ -141,13 +141,12 @@ def sparsity(
         all parameters                 5     2   60.00 %
     """
     added = set(added_modules(model))
+    masked = masked_parameters(model)
     by_parameter: dict[nn.Parameter, Place] = {}
-    for place in places(model):
-        first = by_parameter.setdefault(place.parameter, place)
-        if first.stored_mask() is None and place.stored_mask() is not None:
-            by_parameter[place.parameter] = place  # a tied weight counts once, by its mask
+    for place in places(model):  # a tied weight counts once, by its mask
+        by_parameter.setdefault(place.parameter, masked.get(place.parameter, place))
     kept = {
-        parameter: parameter.numel() if place.stored_mask() is None else int(place.mask().sum())
+        parameter: int(place.mask().sum()) if parameter in masked else parameter.numel()
         for parameter, place in by_parameter.items()
     }
     everything = dict.fromkeys(model.parameters())
@@ -158,7 +157,7 @@ def sparsity(
         layers=tuple(
             _count_layer(place, kept[parameter])
             for parameter, place in by_parameter.items()
-            if parameter not in of_tweaks and (parameter in chosen or place.stored_mask() is not None)
+            if parameter not in of_tweaks and (parameter in chosen or parameter in masked)
         ),
         parameters=sum(parameter.numel() for parameter in of_model),
         parameters_kept=sum(kept.get(parameter, parameter.numel()) for parameter in of_model),
@@ -169,11 +168,12 @@ def sparsity(
 
 def _count_layer(place: Place, kept: int) -> LayerSparsity:
     weight = place.parameter.detach()
-    masked = place.stored_mask() is not None
     zeros = weight == 0
-    if masked:
+    if place.masked:
         zeros |= ~place.mask()  # in other forms than ours the parameter keeps its value beneath the mask
-    return LayerSparsity(place.name, tuple(weight.shape), weight.numel(), kept, masked, int(zeros.sum()))
+    return LayerSparsity(
+        place.name, tuple(weight.shape), weight.numel(), kept, place.masked, int(zeros.sum())
+    )
 
 
 def _removed(kept: int, total: int) -> float:

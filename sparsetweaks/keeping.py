@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from sparsetweaks.forms import Place, masked_places
+from sparsetweaks.forms import Place, masked_parameters
 
 # A whole number of each width, to AND masks into floating-point numbers of that width.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -56,7 +57,7 @@ def keep_masks(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
         >>> ticket.weight[0, 1].item()
         0.0
     """
-    held = {place.parameter: _Held(place) for place in masked_places(model)}
+    held = {parameter: _Held(place) for parameter, place in masked_parameters(model).items()}
     if not held:
         raise ValueError("the model has no masks to keep: use prune or apply_masks first")
     for optimizer in optimizers:
@@ -97,17 +98,19 @@ class _Held:
     def __init__(self, place: Place) -> None:
         self._parameter = place.parameter
         self._plain = place.plain
-        self._buffers, self._key = place.slot()
-        self._stored: Tensor | None = None
-        self._version = -1
+        self._slots = place.slots()
+        self._stored: list[Tensor | None] = []
+        self._versions: list[int] = []
 
     def bits(self) -> Tensor:
-        stored = self._buffers[self._key]
-        assert stored is not None
-        if stored is not self._stored or stored._version != self._version:  # loaded, moved or changed
+        stored = [buffers[key] for buffers, key in self._slots]
+        versions = [each._version for each in stored if each is not None]
+        moved = [new is not old for new, old in zip(stored, self._stored)]
+        if versions != self._versions or any(moved):  # loaded, moved or changed
             integer = _INTEGERS.get(self._parameter.dtype.itemsize, torch.int8)
-            self._bits = (stored != 0).to(integer).neg_()
-            self._stored, self._version = stored, stored._version
+            kept = [each != 0 for each in stored if each is not None]
+            self._bits = functools.reduce(torch.Tensor.logical_and, kept).to(integer).neg_()
+            self._stored, self._versions = stored, versions
         return self._bits
 
     @torch.no_grad()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from sparsetweaks.copying import copy_model
-from sparsetweaks.forms import Place, masked_places, places
+from sparsetweaks.errors import SurgeryError
+from sparsetweaks.forms import Place, masked_parameters, masked_places, places
 from sparsetweaks.prunable import added_modules, close_names, prunable_weights
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,10 +41,13 @@ def find_masks(model: nn.Module, *, zeros: bool = False) -> dict[str, Tensor]:
         >>> find_masks(masked)
         {'weight': tensor([[ True, False]])}
     """
-    masks = {place.name: place.mask() for place in masked_places(model)}
+    found = masked_places(model)
+    masks = {place.name: place.mask() for place in found}
     if zeros:
+        masked = {place.parameter for place in found}
         for name, parameter in prunable_weights(model).items():
-            masks.setdefault(name, parameter.detach() != 0)
+            if parameter not in masked:
+                masks[name] = parameter.detach() != 0
     return masks
 
 
@@ -77,7 +82,7 @@ def apply_masks(model: Model, masks: Mapping[str, Tensor]) -> Model:
     given: dict[nn.Parameter, str] = {}
     for name, mask in masks.items():
         if name not in known:
-            raise ValueError(f"no parameter is called {name!r}; close: {close_names(name, known)}")
+            _refuse_unknown(model, name, known)
         _check_mask(known[name], mask)
         first = given.setdefault(known[name].parameter, name)
         if first != name and not torch.equal(mask.cpu(), masks[first].cpu()):
@@ -95,14 +100,25 @@ def apply_masks(model: Model, masks: Mapping[str, Tensor]) -> Model:
     masked = copy_model(model)
     for place in list(places(masked)):
         first = given.get(known[place.name].parameter, "")
-        if place.name in masks or (first and place.stored_mask() is not None):
+        if place.name in masks or (first and place.masked):
             place.set_mask(masks[first])
     return masked
 
 
 def masks_by_parameter(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     """`find_masks` by parameter, so that a tied weight's mask is found from any of its names."""
-    return {place.parameter: place.mask() for place in masked_places(model)}
+    return {parameter: place.mask() for parameter, place in masked_parameters(model).items()}
+
+
+def _refuse_unknown(model: nn.Module, name: str, known: Iterable[str]) -> NoReturn:
+    owner, _, attribute = name.rpartition(".")
+    module = dict(model.named_modules()).get(owner)
+    if module is not None and parametrize.is_parametrized(module, attribute):
+        raise SurgeryError(
+            f"{name!r} is not a parameter: a parametrization computes it (weight_norm, ...). "
+            "Remove that first: torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    raise ValueError(f"no parameter is called {name!r}; close: {close_names(name, known)}")
 
 
 def _check_mask(place: Place, mask: Tensor) -> None:
@@ -167,21 +183,22 @@ def rewind(masked: Model, initial_state: Mapping[str, Any] | nn.Module) -> Model
             )
         state[keys[name]] = value
     ticket = copy_model(masked)
-    ticket.load_state_dict(state)
+    ticket.load_state_dict(state, strict=False)  # torch's FakeSparsity leaves its mask out of the state
     for place in masked_places(ticket):
         place.set_mask(place.mask())
     return ticket
 
 
 def _keys_by_name(state: Mapping[str, Any]) -> dict[str, str]:
-    """The logical name of everything in a state_dict but the masks, to its key there."""
+    """The logical name of everything in a state_dict but the masks and what parametrizations keep beside them."""
     keys = {}
     for key, value in state.items():
         base, _, kind = key.rpartition("_")
         masked = state.get(base, state.get(base + "_orig"))
         if kind == "mask" and isinstance(masked, Tensor) and masked.shape == value.shape:
             continue
-        if re.search(r"(^|\.)parametrizations\.\w+\.0\.mask$", key):
+        parametrization = re.match(r"((?:.+\.)?parametrizations\.\w+\.\d+\.)\w+$", key)
+        if parametrization and parametrization[1] + "mask" in state:
             continue
         name = base if kind == "orig" and base + "_mask" in state else key
         keys[re.sub(r"(^|\.)parametrizations\.(\w+)\.original$", r"\1\2", name)] = key

@@ -18,7 +18,7 @@ FLOORS = (
     ["surgery.scopes", "surgery.units"],
     ["forms", "surgery.sites", "testing"],
     ["prunable", "keeping", "surgery.activations", "surgery.skips"],
-    ["masks", "counting"],
+    ["masks", "counting", "converting"],
     ["pruning", "recipe.labels"],
     ["recipe.layer_scales"],
     ["tweaks"],

@@ -16,7 +16,8 @@ import inspect
 import linecache
 import re
 import types
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,6 +249,26 @@ def rewrite(module: nn.Module, trace: Trace, key: Hashable, edit: Callable[[fx.G
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that the module had before any surgery."""
     return module._original if isinstance(module, Rewritten) else type(module)
+
+
+def program_of(module: nn.Module) -> Program | None:
+    """The rebuilt forward of the module's own class, or None where no surgery has written it."""
+    return vars(type(module)).get("_program")
+
+
+@contextmanager
+def unwritten(module: nn.Module) -> Iterator[None]:
+    """The module with the class it had before any surgery, and rewritten again on whatever class it has then."""
+    program = program_of(module)
+    if program is None:
+        yield
+        return
+    module.__class__ = original_class(module)
+    try:
+        yield
+    finally:
+        rewritten: Any = _rewritten_class(type(module), program.source, program.frozen)  # type: ignore[arg-type]
+        module.__class__ = rewritten
 
 
 def _revive(original: Any, source: str, frozen: tuple[str, ...]) -> nn.Module:
