@@ -14,11 +14,13 @@ from sparsetweaks.surgery.activations import swap_activations
 from sparsetweaks.surgery.sites import changes, find_activations, find_skip_sites
 from sparsetweaks.surgery.skips import inject_skips
 from sparsetweaks.tweaks import tweak
+from sparsetweaks.verifying import Verification, verify
 
 __all__ = [
     "NoEffectWarning",
     "SoftLabelLoss",
     "SurgeryError",
+    "Verification",
     "apply_masks",
     "changes",
     "convert_masks",
@@ -39,4 +41,5 @@ __all__ = [
     "sparsity",
     "swap_activations",
     "tweak",
+    "verify",
 ]

@@ -172,8 +172,8 @@ def rewind(masked: Model, initial_state: Mapping[str, Any] | nn.Module) -> Model
     unknown = [name for name in earlier if name not in keys]
     if missing or unknown:
         raise ValueError(
-            f"the state is not of this architecture: it lacks {_listed(missing)}, "
-            f"and the model does not know {_listed(unknown)}"
+            f"the state is not of this architecture: it lacks {listed(missing)}, "
+            f"and the model does not know {listed(unknown)}"
         )
     for name, value in earlier.items():
         old = state[keys[name]]
@@ -211,6 +211,6 @@ def _keys_within(model: nn.Module, modules: list[nn.Module]) -> set[str]:
     return {f"{name}.{key}" for name in names for key in model.get_submodule(name).state_dict()}
 
 
-def _listed(names: list[str], most: int = 6) -> str:
+def listed(names: list[str], most: int = 6) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + more or "nothing"

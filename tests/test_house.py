@@ -19,7 +19,7 @@ FLOORS = (
     ["forms", "surgery.sites", "testing"],
     ["prunable", "keeping", "surgery.activations", "surgery.skips"],
     ["masks", "counting", "converting"],
-    ["pruning", "recipe.labels"],
+    ["pruning", "verifying", "recipe.labels"],
     ["recipe.layer_scales"],
     ["tweaks"],
     ["lottery"],
