@@ -2,8 +2,10 @@
 
 from sparsetweaks.converting import convert_masks
 from sparsetweaks.copying import copy_model
+from sparsetweaks.cost import cost
 from sparsetweaks.counting import sparsity
 from sparsetweaks.errors import NoEffectWarning, SurgeryError
+from sparsetweaks.export import export, load_sparse, remove_masks
 from sparsetweaks.keeping import keep_masks
 from sparsetweaks.masks import apply_masks, find_masks, rewind
 from sparsetweaks.prunable import prunable_weights
@@ -25,7 +27,9 @@ __all__ = [
     "changes",
     "convert_masks",
     "copy_model",
+    "cost",
     "distillation_loss",
+    "export",
     "find_activations",
     "find_layer_scales",
     "find_masks",
@@ -33,8 +37,10 @@ __all__ = [
     "inject_skips",
     "keep_masks",
     "learn_layer_scales",
+    "load_sparse",
     "prunable_weights",
     "prune",
+    "remove_masks",
     "rewind",
     "scale_layers",
     "smooth_labels",

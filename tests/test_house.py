@@ -13,14 +13,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparsetweaks"
 FLOORS = (
-    ["errors", "copying", "surgery.kinds", "surgery.programs"],
+    ["errors", "copying", "sparse_file", "surgery.kinds", "surgery.programs"],
     ["surgery.tracing", "surgery.dataflow"],
     ["surgery.scopes", "surgery.units"],
     ["forms", "surgery.sites", "testing"],
     ["prunable", "keeping", "surgery.activations", "surgery.skips"],
     ["masks", "counting", "converting"],
-    ["pruning", "verifying", "recipe.labels"],
-    ["recipe.layer_scales"],
+    ["pruning", "recipe.labels", "export"],
+    ["recipe.layer_scales", "cost", "budgets"],
+    ["verifying"],
     ["tweaks"],
     ["lottery"],
 )
