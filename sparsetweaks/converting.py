@@ -113,24 +113,22 @@ def _convert(place: Place, mask: Tensor, to: Target, model: nn.Module) -> None:
     if place.masked and place.form == to:
         return
     _check_that_nothing_is_lost(place, mask, to)
-    if place.form == "parametrization":
-        _check_that_no_forward_reads_the_parametrization(place, model)
     if to in ("torch_prune", "parametrization"):
         _check_that_it_can_be_multiplied_in(place, to, model)
-    masked_before = place.masked
-    with torch.no_grad(), unwritten(place.module):
-        if parametrize.is_parametrized(place.module):
-            own_class(place.module)  # what is edited here is the class of the copy alone
-        if to in ("buffers", "zeros") and masked_before and not place.plain:
-            place.parameter.copy_(place.value())
-        if masked_before:
-            _take_off(place)
+    if place.masked:
+        _take_off(place, model, zeros_stay=to in ("buffers", "zeros"))
+    with unwritten(place.module):
         if to == "torch_prune":
             _put_torch_prune(place, mask)
         elif to == "parametrization":
             _put_parametrization(place, mask)
         elif to == "buffers":
             place.set_mask(mask)
+
+
+def make_permanent(place: Place, model: nn.Module) -> None:
+    """Turn a masked parameter, of a copy of ours, into an ordinary one that is zero where it was pruned."""
+    _take_off(place, model, zeros_stay=True)
 
 
 def _check_that_nothing_is_lost(place: Place, mask: Tensor, to: Target) -> None:
@@ -196,14 +194,21 @@ def _zeros_as_mask(name: str, parameter: nn.Parameter) -> Tensor:
 # Taking a form off: the parameter is itself again
 
 
-def _take_off(place: Place) -> None:
-    module, attribute = place.module, place.attribute
-    if place.form == "buffers":
-        del module._buffers[attribute + "_mask"]
-    elif place.form == "torch_prune":
-        _take_off_torch_prune(module, attribute)
-    else:
-        _take_off_parametrization(module, attribute)
+@torch.no_grad()
+def _take_off(place: Place, model: nn.Module, *, zeros_stay: bool) -> None:
+    module, attribute, form = place.module, place.attribute, place.form
+    if form == "parametrization":
+        _check_that_no_forward_reads_the_parametrization(place, model)
+    if zeros_stay:
+        mask = place.mask().to(place.parameter.device)
+        place.parameter.copy_(place.value()).masked_fill_(~mask, 0)
+    with unwritten(module):
+        if form == "buffers":
+            del module._buffers[attribute + "_mask"]
+        elif form == "torch_prune":
+            _take_off_torch_prune(module, attribute)
+        else:
+            _take_off_parametrization(module, attribute)
 
 
 def _take_off_torch_prune(module: nn.Module, attribute: str) -> None:
@@ -249,6 +254,8 @@ def _put_torch_prune(place: Place, mask: Tensor) -> None:
 def _put_parametrization(place: Place, mask: Tensor) -> None:
     module, attribute = place.module, place.attribute
     keys = list(module._parameters)
+    if parametrize.is_parametrized(module):
+        own_class(module)  # the class below a rewritten one may be the given model's too
     parametrization = MaskParametrization(mask.to(place.parameter.device), keys[keys.index(attribute) + 1 :])
     parametrize.register_parametrization(module, attribute, parametrization)
 

@@ -12,12 +12,12 @@ from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.nn.utils import prune as torch_prune
 from torch.utils import _pytree as pytree
 
+from sparsetweaks.converting import make_permanent
 from sparsetweaks.copying import check_model, copy_model
 from sparsetweaks.errors import SurgeryError
+from sparsetweaks.forms import masked_places
 from sparsetweaks.masks import apply_masks, find_masks
 from sparsetweaks.sparse_file import read as read_sparse
 from sparsetweaks.sparse_file import write as write_sparse
@@ -52,29 +52,9 @@ def remove_masks(model: Model) -> Model:
     """
     check_model(model)
     ordinary = copy_model(model)
-    for name, mask in find_masks(ordinary).items():
-        owner, _, attribute = name.rpartition(".")
-        _make_permanent(ordinary.get_submodule(owner), attribute, mask)
+    for place in masked_places(ordinary):
+        make_permanent(place, ordinary)
     return ordinary
-
-
-@torch.no_grad()
-def _make_permanent(module: nn.Module, attribute: str, mask: Tensor) -> None:
-    if parametrize.is_parametrized(module, attribute):
-        original = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
-        original.masked_fill_(~mask, 0)  # type: ignore[union-attr, operator]
-        parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
-        return
-    del module._buffers[attribute + "_mask"]
-    if attribute + "_orig" in module._parameters:  # torch.nn.utils.prune
-        vars(module).pop(attribute, None)
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == attribute:
-                del module._forward_pre_hooks[key]
-        for name in list(module._parameters):  # renamed in its place, so that the order is the original's
-            parameter = module._parameters.pop(name)
-            module.register_parameter(attribute if name == attribute + "_orig" else name, parameter)
-    module._parameters[attribute].masked_fill_(~mask.to(module._parameters[attribute].device), 0)  # type: ignore[union-attr]
 
 
 # ------------------------------------------------------------------------------------------------------------

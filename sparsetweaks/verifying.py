@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from sparsetweaks.copying import check_model, copy_model
+from sparsetweaks.cost import cost
 from sparsetweaks.errors import SurgeryError
+from sparsetweaks.export import arguments
 from sparsetweaks.forms import Place, places
 from sparsetweaks.masks import find_masks, listed
 
@@ -46,9 +49,11 @@ class Verification:
     added_parameters: int
     """Parameters that are there now and were not before."""
     added_nonzeros: int
-    """How many of them are not zero just now."""
+    """Those of them that no mask removes."""
     added_flops: int | None
-    """Floating-point operations of one forward more than before, zeros counted like any weight; None without inputs."""
+    """More than before, in one forward, as `cost` counts; None without inputs."""
+    added_effective_flops: int | None
+    """The same without what masks remove."""
     largest_difference: float | None
     """Between the outputs, over both modes; None where they were not compared."""
 
@@ -99,7 +104,7 @@ def verify(
             Neither is changed: functions are compared on copies, with generators put back.
         inputs: what one call of the model takes: a tensor, a tuple of arguments or a mapping of keyword arguments.
             Outputs and gradients are then compared in eval and in training mode, and FLOPs counted
-            (`torch.utils.flop_counter`).
+            (by `cost`).
         neutral: whether the functions must be equal bit for bit, as at every tweak's neutral setting (the
             default). False reports the largest difference and judges nothing.
         trained: whether `after` was trained or rescaled, so that values and the function differ on purpose; then
@@ -119,12 +124,12 @@ def verify(
         >>> print(verify(model, st.inject_skips(model), inputs=torch.ones(2, 4, 5, 5)))
         ok      masks: 1 as they were
         ok      zeros: 72 weights are pruned, none has come back
-        ok      names: 3 parameters and buffers, all there
+        ok      names: 2 parameters and buffers, all there
         ok      properties: dtype, device, shape, memory format and requires_grad as they were
         ok      values: equal
         ok      tying: as it was
         ok      function: equal bit for bit, outputs and gradients, in eval and in training mode
-        -       added: 1 parameter (0 non-zero): '0.skip.strength'; FLOPs 14,400, as before
+        -       added: 1 parameters, 1 of them non-zero: '0.skip.strength'; FLOPs 14,400, effective 7,200
     """
     for model in (before, after):
         check_model(model)
@@ -142,18 +147,19 @@ def verify(
     ]
     comparison = None
     if inputs is not None and not trained:
-        comparison = _compare_functions(before, after, masks, inputs)
+        comparison = _compare_functions(before, after, _by_all_names(masks, old), inputs)
         checks.append(_check_function(comparison, neutral))
     added = {
         name: each for name, each in new.items() if name not in old and isinstance(each.tensor, nn.Parameter)
     }
-    flops = None if inputs is None else (_flops(before, inputs), _flops(after, inputs))
-    checks.append(_count_added(added, flops))
+    flops = _Flops(None, None, "") if inputs is None else _compare_flops(before, after, inputs)
+    checks.append(_describe_added(added, flops))
     return Verification(
         tuple(checks),
         added_parameters=sum(each.tensor.numel() for each in added.values()),
-        added_nonzeros=sum(int(each.value().count_nonzero()) for each in added.values()),
-        added_flops=None if flops is None else flops[1] - flops[0],
+        added_nonzeros=sum(map(_nonzeros, added.values())),
+        added_flops=flops.all,
+        added_effective_flops=flops.effective,
         largest_difference=None if comparison is None else comparison.largest,
     )
 
@@ -201,6 +207,12 @@ def _tensors_of(model: nn.Module) -> dict[str, _Held]:
     return held
 
 
+def _by_all_names(masks: Mapping[str, Tensor], held: Mapping[str, _Held]) -> dict[str, Tensor]:
+    """The masks under every name of a tied weight."""
+    by_tensor = {id(held[name].tensor): mask for name, mask in masks.items()}
+    return {name: by_tensor[id(each.tensor)] for name, each in held.items() if id(each.tensor) in by_tensor}
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, _WRAPPERS):
@@ -237,6 +249,8 @@ def _check_masks(
 
 
 def _check_zeros(masks: Mapping[str, Tensor], new: Mapping[str, _Held]) -> Check:
+    if not masks:
+        return Check("zeros", None, "no weight is pruned")
     faults = []
     for name, mask in masks.items():
         if name in new and new[name].tensor.shape == mask.shape:
@@ -323,6 +337,7 @@ class _Comparison:
     """The largest difference between outputs."""
     faults: list[str] = dataclasses.field(default_factory=list)
     modes: list[str] = dataclasses.field(default_factory=list)
+    skipped: list[str] = dataclasses.field(default_factory=list)
 
 
 def _compare_functions(
@@ -335,7 +350,7 @@ def _compare_functions(
         except (
             Exception
         ) as error:  # whatever the given model raises in this mode (one image, batch statistics)
-            comparison.faults.append(
+            comparison.skipped.append(
                 f"not compared in {mode} mode, where the given model raises {error!r:.120}"
             )
             continue
@@ -351,27 +366,22 @@ def _compare_functions(
             comparison.largest = max(comparison.largest, gap)
             comparison.faults.append(f"{mode}: outputs differ{_by_how_much(gap)}")
         for name, gradient in gradients.items():
-            if name in masks and gradient is not None:
-                gradient, other = (_kept(each, masks[name]) for each in (gradient, found_gradients.get(name)))
-            else:
-                other = found_gradients.get(name)
-            if (gradient is None) != (other is None) or (
-                gradient is not None and not _equal(gradient, other)
-            ):
+            if not _equal_where_kept(gradient, found_gradients.get(name), masks.get(name)):
                 comparison.faults.append(f"{mode}: the gradient of {name!r} differs")
     return comparison
 
 
 def _check_function(comparison: _Comparison, neutral: bool) -> Check:
-    if not comparison.modes:
-        return _judge("function", comparison.faults, "")
-    modes = " and in ".join(comparison.modes) + " mode"
+    modes = " and in ".join(comparison.modes) + " mode" if comparison.modes else "no mode"
+    skipped = "".join("; " + each for each in comparison.skipped)
     if not neutral:
-        size = f"{comparison.largest:.3g}"
-        return Check(
-            "function", None, f"outputs differ by up to {size} in {modes}; not judged, as neutral=False"
-        )
-    return _judge("function", comparison.faults, f"equal bit for bit, outputs and gradients, in {modes}")
+        gap = f"outputs differ by up to {comparison.largest:.3g} in {modes}"
+        return Check("function", None, f"{gap}; not judged, as neutral=False{skipped}")
+    if not comparison.modes:
+        return Check("function", None, skipped.removeprefix("; "))
+    return _judge(
+        "function", comparison.faults, f"equal bit for bit, outputs and gradients, in {modes}{skipped}"
+    )
 
 
 def _run(model: nn.Module, inputs: Any, training: bool) -> tuple[list[Tensor], dict[str, Tensor | None]]:
@@ -398,8 +408,13 @@ def _weighted_sum(output: Tensor) -> Tensor:
     return (output * weights.to(output.dtype).view(output.shape)).sum().abs()
 
 
-def _kept(gradient: Tensor | None, mask: Tensor) -> Tensor | None:
-    return None if gradient is None else gradient[mask.to(gradient.device)]
+def _equal_where_kept(one: Tensor | None, other: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether two gradients are; a pruned weight has one in some forms, and in others none."""
+    if one is None or other is None:
+        return one is other
+    if mask is not None and one.shape == other.shape == mask.shape:
+        one, other = one[mask.to(one.device)], other[mask.to(other.device)]
+    return _equal(one, other)
 
 
 @contextmanager
@@ -415,20 +430,9 @@ def _generators_put_back(model: nn.Module) -> Iterator[None]:
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
-    inputs = _cloned(inputs)  # a model that works in place must not reach the caller's tensors
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: _cloned(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_cloned(each) for each in value)
-    return value
+    """One call on copies of the inputs: a model that works in place must not reach the caller's tensors."""
+    positional, keywords = pytree.tree_map_only(Tensor, lambda each: each.detach().clone(), arguments(inputs))
+    return model(*positional, **keywords)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -470,26 +474,33 @@ def _by_how_much(gap: float) -> str:
 # What was added
 
 
-def _count_added(added: Mapping[str, _Held], flops: tuple[int, int] | None) -> Check:
-    count = sum(each.tensor.numel() for each in added.values())
-    nonzero = sum(int(each.value().count_nonzero()) for each in added.values())
-    found = "no parameter"
-    if added:
-        found = f"{count:,} parameter{'s' if count != 1 else ''} ({nonzero:,} non-zero): {listed(list(added), _SHOWN)}"
-    if flops is not None:
-        once, now = flops
-        change = (
-            "as before" if once == now else f"{now:,} now" + (f" ({now / once - 1:+.2%})" if once else "")
-        )
-        found += f"; FLOPs {once:,}, {change}"
-    return Check("added", None, found)
+@dataclass(frozen=True)
+class _Flops:
+    """FLOPs more than before, and what to say of them."""
+
+    all: int | None
+    effective: int | None
+    found: str
 
 
-def _flops(model: nn.Module, inputs: Any) -> int:
-    """Operations of one forward in eval mode, as torch's own counter counts them."""
-    from torch.utils.flop_counter import FlopCounterMode
+def _compare_flops(before: nn.Module, after: nn.Module, inputs: Any) -> _Flops:
+    try:
+        old, new = cost(before, inputs), cost(after, inputs)
+    except SurgeryError as reason:
+        return _Flops(None, None, f"; FLOPs not counted: {reason}")
+    pairs = {"FLOPs": (old.flops, new.flops), "effective": (old.effective_flops, new.effective_flops)}
+    found = ", ".join(
+        f"{name} {was:,}{'' if was == now else f' -> {now:,}'}" for name, (was, now) in pairs.items()
+    )
+    return _Flops(new.flops - old.flops, new.effective_flops - old.effective_flops, "; " + found)
 
-    copied = copy_model(model).eval()
-    with _generators_put_back(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        _call(copied, inputs)
-    return int(counter.get_total_flops())
+
+def _nonzeros(held: _Held) -> int:
+    """How many of a parameter no mask removes, as `sparsity` counts."""
+    return held.tensor.numel() if held.place is None else int(held.place.mask().sum())
+
+
+def _describe_added(added: Mapping[str, _Held], flops: _Flops) -> Check:
+    count, nonzeros = sum(each.tensor.numel() for each in added.values()), sum(map(_nonzeros, added.values()))
+    found = f"{count:,} parameters, {nonzeros:,} of them non-zero: {listed(list(added), _SHOWN)}"
+    return Check("added", None, (found if added else "no parameters") + flops.found)

@@ -111,6 +111,7 @@ def test_every_public_name_is_in_the_readme_and_has_an_example():
         "prunable_weights",
         "NoEffectWarning",
         "SurgeryError",
+        "Verification",
         "find_layer_scales",
         "scale_layers",
     }
