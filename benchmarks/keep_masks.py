@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsetweaks.copying import copy_model
-from sparsetweaks.masks import keep_masks
+from sparsetweaks.keeping import keep_masks
 from sparsetweaks.pruning import prune
 
 SPARSITY = 0.95

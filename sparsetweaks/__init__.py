@@ -1,8 +1,13 @@
 """Spend sparse networks better after drawing them: tweaks for any model and any mask."""
 
+from sparsetweaks.converting import convert_masks
 from sparsetweaks.copying import copy_model
+from sparsetweaks.cost import cost
+from sparsetweaks.counting import sparsity
 from sparsetweaks.errors import NoEffectWarning, SurgeryError
-from sparsetweaks.masks import apply_masks, find_masks, keep_masks, rewind, sparsity
+from sparsetweaks.export import export, load_sparse, remove_masks
+from sparsetweaks.keeping import keep_masks
+from sparsetweaks.masks import apply_masks, find_masks, rewind
 from sparsetweaks.prunable import prunable_weights
 from sparsetweaks.pruning import prune
 from sparsetweaks.recipe.labels import SoftLabelLoss, distillation_loss, smooth_labels
@@ -12,16 +17,21 @@ from sparsetweaks.surgery.ghosts import anneal_ghosts, remove_ghosts
 from sparsetweaks.surgery.sites import changes, find_activations, find_skip_sites
 from sparsetweaks.surgery.skips import inject_skips
 from sparsetweaks.tweaks import tweak
+from sparsetweaks.verifying import Verification, verify
 
 __all__ = [
     "NoEffectWarning",
     "SoftLabelLoss",
     "SurgeryError",
+    "Verification",
     "anneal_ghosts",
     "apply_masks",
     "changes",
+    "convert_masks",
     "copy_model",
+    "cost",
     "distillation_loss",
+    "export",
     "find_activations",
     "find_layer_scales",
     "find_masks",
@@ -29,13 +39,16 @@ __all__ = [
     "inject_skips",
     "keep_masks",
     "learn_layer_scales",
+    "load_sparse",
     "prunable_weights",
     "prune",
     "remove_ghosts",
+    "remove_masks",
     "rewind",
     "scale_layers",
     "smooth_labels",
     "sparsity",
     "swap_activations",
     "tweak",
+    "verify",
 ]

@@ -1,9 +1,10 @@
 """The one copy that every function here makes, so that the caller's model is never touched.
 
-`copy.deepcopy` is nearly it, with two exceptions that matter for masked models. It refuses tensors that are
+`copy.deepcopy` is nearly it, with three exceptions that matter for masked models. It refuses tensors that are
 not leaves, and a `torch.nn.utils.prune` model holds one per pruned layer once it has run forward. And it
 copies the object behind a bound-method hook, so that a recorder the caller holds would silently stop
-recording.
+recording. And its copies of parametrized modules share a class with the originals, so that to remove a
+parametrization from the copy breaks the original.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,7 +68,11 @@ def copy_model(model: Model) -> Model:
         for hook in _hooks(module):
             if isinstance(hook, types.MethodType) and id(hook.__self__) not in own:
                 memo[id(hook.__self__)] = hook.__self__
-    return _copied(model, memo)
+    copied = _copied(model, memo)
+    for module in copied.modules():
+        if parametrize.is_parametrized(module) and _has_properties(module):
+            own_class(module)
+    return copied
 
 
 def _copied(module: Any, memo: dict[int, Any]) -> Any:
@@ -118,6 +124,23 @@ def _is_plain(cls: Any) -> bool:
     ]
     own = {name for base in bases if base is not object for name in vars(base)}
     return own.isdisjoint(_COPYING) and not issubclass(cls, torch.jit.ScriptModule)
+
+
+def own_class(module: nn.Module, *, without: str = "") -> None:
+    """Give a parametrized module a class of its own, in which it may lose the property `without`.
+
+    torch keeps the properties that compute parametrized tensors in a class per module, and a copy shares that
+    class: to register or remove a parametrization on the copy would do it to the original as well.
+    """
+    cls: Any = type(module)
+    left_out = ("__dict__", "__weakref__", without)
+    members = {name: value for name, value in vars(cls).items() if name not in left_out}
+    module.__class__ = type(cls)(cls.__name__, cls.__bases__, members)
+
+
+def _has_properties(module: nn.Module) -> bool:
+    """Whether the module's own class computes its parametrized tensors; above a rewritten one, its base does."""
+    return any(name in vars(type(module)) for name in module.parametrizations)  # type: ignore[union-attr]
 
 
 def check_model(model: object) -> None:

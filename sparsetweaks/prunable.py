@@ -10,9 +10,9 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 from sparsetweaks.errors import SurgeryError
+from sparsetweaks.forms import parameter_behind
 
 Selector = str | type | Callable[[str, nn.Module], bool]
 Selection = Selector | Iterable[Selector]
@@ -120,30 +120,6 @@ def added_modules(model: nn.Module) -> list[nn.Module]:
         if getattr(module, "added_by_tweak", False)
         for inner in module.modules()
     ]
-
-
-def parameter_behind(module: nn.Module, attribute: str) -> nn.Parameter | None:
-    """The parameter that training updates for `module.<attribute>`, in any form of mask; None if none."""
-    plain = module._parameters.get(attribute)
-    if plain is not None:
-        return plain
-    if attribute + "_mask" in module._buffers:  # torch.nn.utils.prune; without a mask it is spectral_norm's
-        return module._parameters.get(attribute + "_orig")
-    if mask_parametrization(module, attribute) is not None:
-        return module.parametrizations[attribute].original  # type: ignore[index, union-attr, return-value]
-    return None
-
-
-def mask_parametrization(module: nn.Module, attribute: str) -> nn.Module | None:
-    """The parametrization that masks `module.<attribute>`: the only one there, with a buffer `mask`."""
-    if "parametrizations" not in module._modules or not parametrize.is_parametrized(module, attribute):
-        return None  # the first half because a wrapper may lend its child's attributes
-    chain = module.parametrizations[attribute]  # type: ignore[index]
-    original = chain._parameters.get("original")  # type: ignore[union-attr]
-    if original is None or len(chain) != 1:  # type: ignore[arg-type]
-        return None
-    mask = chain[0]._buffers.get("mask")  # type: ignore[index, union-attr]
-    return chain[0] if mask is not None and mask.shape == original.shape else None  # type: ignore[index, return-value]
 
 
 def close_names(name: str, names: Iterable[str]) -> str:

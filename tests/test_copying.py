@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -150,6 +151,22 @@ def test_parametrizations_are_copied():
     with torch.no_grad():
         copied.parametrizations.weight.original0.mul_(2)
     assert not torch.equal(copied.weight, model.weight)
+
+
+def test_a_parametrization_removed_from_or_added_to_the_copy_stays_with_the_original():
+    """torch keeps the properties of a parametrized module in its class, which `copy.deepcopy` shares."""
+    model = weight_norm(nn.Linear(3, 3))
+    weight = model.weight.detach().clone()
+    copied = copy_model(model)
+    parametrize.register_parametrization(copied, "bias", nn.Softplus())
+    assert torch.equal(copied.bias, nn.functional.softplus(model.bias))
+    assert isinstance(model.bias, nn.Parameter)
+    parametrize.remove_parametrizations(copied, "weight")
+    assert torch.equal(model.weight, weight)
+    assert isinstance(copied.weight, nn.Parameter)
+    parametrize.remove_parametrizations(copied, "bias")
+    assert type(copied) is nn.Linear
+    assert parametrize.type_before_parametrizations(model) is nn.Linear
 
 
 def test_only_models_are_copied():

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparsetweaks.masks import find_masks, sparsity
+from sparsetweaks.counting import sparsity
+from sparsetweaks.masks import find_masks
 from sparsetweaks.prunable import prunable_weights
 from sparsetweaks.pruning import erk_budgets, lowest, prune
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsetweaks.keeping import keep_masks
 from sparsetweaks.lottery import store
 from sparsetweaks.lottery.config import LotteryError, Recipe
 from sparsetweaks.lottery.data import Data, Images, batches
-from sparsetweaks.masks import find_masks, keep_masks
+from sparsetweaks.masks import find_masks
 
 SEED_STRIDE = 1_000_003  # no two epochs of two seeds share a generator
 

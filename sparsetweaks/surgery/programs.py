@@ -16,7 +16,8 @@ import inspect
 import linecache
 import re
 import types
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -264,6 +265,26 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 def edits_of(module: nn.Module) -> tuple[str, ...]:
     """The kinds of the edits that the module's forward holds, in order."""
     return module._program.edits if isinstance(module, Rewritten) else ()
+
+
+def program_of(module: nn.Module) -> Program | None:
+    """The rebuilt forward of the module's own class, or None where no surgery has written it."""
+    return vars(type(module)).get("_program")
+
+
+@contextmanager
+def unwritten(module: nn.Module) -> Iterator[None]:
+    """The module with the class it had before any surgery, and rewritten again on whatever class it has then."""
+    program = program_of(module)
+    if program is None:
+        yield
+        return
+    module.__class__ = original_class(module)
+    try:
+        yield
+    finally:
+        rewritten: Any = _rewritten_class(type(module), program)  # type: ignore[arg-type]
+        module.__class__ = rewritten
 
 
 def _revive(original: Any, program: Program) -> nn.Module:

@@ -8,17 +8,21 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sparsetweaks.converting import convert_masks
 from sparsetweaks.errors import NoEffectWarning
-from sparsetweaks.masks import apply_masks, find_masks, keep_masks
+from sparsetweaks.keeping import keep_masks
+from sparsetweaks.masks import apply_masks, find_masks, masks_by_parameter
 from sparsetweaks.surgery.activations import swap_activations
 from sparsetweaks.surgery.skips import inject_skips
 from sparsetweaks.testing import (
+    Observation,
     build,
     differences,
     example_batch,
@@ -32,6 +36,7 @@ from sparsetweaks.testing import (
     specs,
 )
 
+TARGETS = ("buffers", "torch_prune", "parametrization")
 NETWORKS = int(os.environ.get("SPARSETWEAKS_FUZZ", "600"))
 drawn = settings(
     max_examples=max(1, NETWORKS // 24),
@@ -123,3 +128,40 @@ def test_applied_masks_are_found_again_and_change_nothing_else(data, spec):
     twin = mask_model(build(spec), chosen, "buffers")
     batch = example_batch(spec)
     assert differences(observe(twin, batch), observe(result, batch)) == []
+
+
+@drawn
+@given(
+    masked=masked_models(forms=("buffers", "torch_prune")), to=st.sampled_from(TARGETS), tweaked=st.booleans()
+)
+def test_masks_move_between_forms_and_back_without_changing_the_function(masked, to, tweaked):
+    assume(masked.masks)
+    given_model = tweak(masked.model) if tweaked else masked.model
+    before = snapshot(given_model)
+    with isolated_rng(0):
+        there = convert_masks(given_model, to=to)
+        back = convert_masks(there, to="buffers")
+        assert differences(before, snapshot(given_model)) == []
+    for model in (there, back):
+        kept = masks_by_parameter(model).values()
+        assert [mask.tolist() for mask in kept] == [
+            mask.tolist() for mask in masks_by_parameter(given_model).values()
+        ]
+        assert all(torch.equal(find_masks(model)[name], mask) for name, mask in masked.masks.items())
+    batch = example_batch(masked.model.spec)
+    seen = [kept_values(observe(model, batch), masked.masks) for model in (given_model, there, back)]
+    assert seen[0] == seen[1] == seen[2]
+
+
+def kept_values(seen: Observation, masks: dict[str, Tensor]) -> dict[str, Any]:
+    """What was observed, by names that all forms share, and of the gradients only those of kept weights."""
+    values = {}
+    for name, value in seen.values.items():
+        if name.endswith((".mask", "_mask")):
+            continue
+        name = name.replace("parametrizations.", "").removesuffix(".original").removesuffix("_orig")
+        mask = masks.get(name.removeprefix("gradient of "))
+        if mask is not None and value is not None:
+            value = value[mask]
+        values[name] = value.tolist() if isinstance(value, Tensor) else value
+    return values
