@@ -19,6 +19,7 @@ FLOORS = (
     ["prunable", "surgery.sites", "testing"],
     ["masks", "surgery.ghosts"],
     ["surgery.activations", "surgery.skips"],
+    ["surgery.folding"],
     ["pruning", "recipe.labels"],
     ["recipe.layer_scales"],
     ["tweaks"],
