@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from sparsetweaks.copying import Model, copy_model
 from sparsetweaks.errors import NoEffectWarning, SurgeryError
-from sparsetweaks.prunable import mask_parametrization
+from sparsetweaks.prunable import added_modules, mask_parametrization
 from sparsetweaks.surgery import sites as s
 from sparsetweaks.surgery.activations import become
 from sparsetweaks.surgery.dataflow import called, first_input, mutates
@@ -197,7 +197,11 @@ class _Calls:
 def _read_calls(model: nn.Module) -> _Calls:
     calls, scopes = _Calls(), Scopes()
     for module in model.modules():
-        if not is_scope(module) or not any(isinstance(child, _LAYERS) for child in module.modules()):
+        if (
+            isinstance(module, Skip)
+            or not is_scope(module)
+            or not any(isinstance(child, _LAYERS) for child in module.modules())
+        ):
             continue
         try:
             trace = scopes.trace(module)
@@ -228,8 +232,9 @@ def _find_units(model: nn.Module, calls: _Calls) -> list[_Unit]:
     """Convolutions that a normalisation or a skip follows, or that a forward which cannot be read may call; and linear
     layers that a skip follows."""
     units = []
+    added = set(added_modules(model))
     for path, module in model.named_modules():
-        if not isinstance(module, _LAYERS):
+        if not isinstance(module, _LAYERS) or module in added:
             continue
         scope, _, name = path.rpartition(".")
         unit = _Unit(scope, name, module)
@@ -462,12 +467,24 @@ def _unwrap(layer: Any) -> torch.Tensor | None:
     for hook in list(layer._forward_pre_hooks.values()):
         if isinstance(hook, torch_prune.BasePruningMethod):
             torch_prune.remove(layer, hook._tensor_name)
-    for name in ("weight", "bias"):
-        if parametrize.is_parametrized(layer, name):
-            parametrize.remove_parametrizations(layer, name)
+    if parametrize.is_parametrized(layer):
+        _unparametrize(layer)
     for name in ("weight_mask", "bias_mask"):
         layer._buffers.pop(name, None)  # folded biases are dense
     return None if mask is None else mask != 0
+
+
+def _unparametrize(layer: Any) -> None:
+    """Keep the values and drop what computes them.
+
+    Torch's own `remove_parametrizations` takes the properties off the layer's class, which the given model shares.
+    """
+    values = {name: getattr(layer, name).detach() for name in layer.parametrizations}
+    trained = any(parameter.requires_grad for parameter in layer.parametrizations.parameters())
+    layer.__class__ = type(layer).__bases__[0]
+    del layer._modules["parametrizations"]
+    for name, value in values.items():
+        layer.register_parameter(name, nn.Parameter(value.clone(), requires_grad=trained))
 
 
 # ------------------------------------------------------------------------------------------------------ the surgery
