@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 from torch.utils import _pytree as pytree
@@ -147,8 +148,10 @@ def fold(model: Model, *, inputs: Any = None, where: s.Where = None, tolerance: 
 
 
 def nonzeros(tensors: Iterable[torch.Tensor]) -> int:
-    """How many numbers in these tensors are not zero."""
-    return sum(int(torch.count_nonzero(tensor)) for tensor in tensors)
+    """How many numbers in these tensors are not zero; of those that have values (lazy and meta tensors have none)."""
+    return sum(
+        int(torch.count_nonzero(tensor)) for tensor in tensors if not (is_lazy(tensor) or tensor.is_meta)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- what to fold
@@ -384,7 +387,7 @@ def _exact(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _strength(skip: Skip) -> float:
-    return float(skip.strength)
+    return skip.strength.item() if isinstance(skip.strength, torch.Tensor) else skip.strength
 
 
 def _matrix(skip: Skip) -> torch.Tensor:
@@ -449,6 +452,8 @@ def _merge(unit: _Unit) -> FoldedLayer:
     layer.weight = _like(layer.weight, weight)
     if bias is not None:
         layer.bias = _like(layer.weight if layer.bias is None else layer.bias, bias)
+    first = {name: layer._parameters.pop(name) for name in ("weight", "bias")}
+    layer._parameters.update(first | {name: layer._parameters.pop(name) for name in list(layer._parameters)})
     if mask is not None:
         layer.register_buffer("weight_mask", mask)
     return FoldedLayer(unit.site().path, own, of_skip, nonzeros([layer.weight]))
