@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 
 from sparsetweaks.copying import Model, copy_model
 from sparsetweaks.errors import NoEffectWarning, SurgeryError
-from sparsetweaks.prunable import added_modules, mask_parametrization
+from sparsetweaks.masks import find_masks
+from sparsetweaks.prunable import added_modules
 from sparsetweaks.surgery import sites as s
 from sparsetweaks.surgery.activations import become
 from sparsetweaks.surgery.dataflow import called, first_input, mutates
@@ -465,10 +466,7 @@ def _like(old: torch.Tensor, values: torch.Tensor) -> nn.Parameter:
 
 def _unwrap(layer: Any) -> torch.Tensor | None:
     """Make the layer's weights ordinary ones, whatever computes them; its mask, True = kept, if it has one."""
-    mask = getattr(layer, "weight_mask", None)
-    masking = mask_parametrization(layer, "weight")
-    if masking is not None:
-        mask = masking.mask
+    mask = find_masks(layer).get("weight")
     for hook in list(layer._forward_pre_hooks.values()):
         if isinstance(hook, torch_prune.BasePruningMethod):
             torch_prune.remove(layer, hook._tensor_name)
@@ -476,7 +474,7 @@ def _unwrap(layer: Any) -> torch.Tensor | None:
         _unparametrize(layer)
     for name in ("weight_mask", "bias_mask"):
         layer._buffers.pop(name, None)  # folded biases are dense
-    return None if mask is None else mask != 0
+    return mask
 
 
 def _unparametrize(layer: Any) -> None:
