@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -29,7 +30,7 @@ from sparsetweaks.surgery.dataflow import called, first_input, mutates
 from sparsetweaks.surgery.ghosts import SKIP_EDIT
 from sparsetweaks.surgery.programs import Rewritten, Trace, Untraceable, edits_of, original_class, rewrite
 from sparsetweaks.surgery.scopes import LOOPS, SLICES, Scopes, is_scope
-from sparsetweaks.surgery.skips import Skip, match_channels
+from sparsetweaks.surgery.skips import Skip
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far outputs may be apart, relative to the largest: some thousand roundings, in every dtype."""
@@ -393,12 +394,12 @@ def _strength(skip: Skip) -> float:
 
 def _matrix(skip: Skip) -> torch.Tensor:
     """What a skip does to the channels, before its BatchNorm, as outputs by inputs."""
-    geometry, rank = skip.geometry, skip.rank
     if skip.projection is not None:
         return _exact(skip.projection.weight).flatten(1)
-    each = torch.eye(geometry.in_channels, dtype=torch.float64)
-    shape = (geometry.in_channels, geometry.in_channels, *[1] * rank)
-    return match_channels(each.reshape(shape), geometry.out_channels, rank).flatten(1).T
+    inputs, outputs = skip.geometry.in_channels, skip.geometry.out_channels
+    if outputs >= inputs:
+        return torch.eye(outputs, inputs, dtype=torch.float64)
+    return F.adaptive_avg_pool1d(torch.eye(inputs, dtype=torch.float64), outputs).T
 
 
 def _within_groups(matrix: torch.Tensor, groups: int) -> torch.Tensor | None:
