@@ -13,6 +13,7 @@ from sparsetweaks.pruning import prune
 from sparsetweaks.recipe.labels import SoftLabelLoss, distillation_loss, smooth_labels
 from sparsetweaks.recipe.layer_scales import find_layer_scales, learn_layer_scales, scale_layers
 from sparsetweaks.surgery.activations import swap_activations
+from sparsetweaks.surgery.folding import fold
 from sparsetweaks.surgery.ghosts import anneal_ghosts, remove_ghosts
 from sparsetweaks.surgery.sites import changes, find_activations, find_skip_sites
 from sparsetweaks.surgery.skips import inject_skips
@@ -36,6 +37,7 @@ __all__ = [
     "find_layer_scales",
     "find_masks",
     "find_skip_sites",
+    "fold",
     "inject_skips",
     "keep_masks",
     "learn_layer_scales",

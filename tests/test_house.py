@@ -19,7 +19,7 @@ FLOORS = (
     ["forms", "surgery.sites", "testing"],
     ["prunable", "keeping", "surgery.ghosts"],
     ["masks", "counting", "converting", "surgery.activations", "surgery.skips"],
-    ["pruning", "recipe.labels", "export"],
+    ["pruning", "recipe.labels", "export", "surgery.folding"],
     ["recipe.layer_scales", "cost", "budgets"],
     ["verifying"],
     ["tweaks"],

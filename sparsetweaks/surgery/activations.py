@@ -170,7 +170,7 @@ class _Target:
 
     def replace_module(self, found: s.Found, like: torch.Tensor | None) -> None:
         """Turn the activation module of this site into what it becomes."""
-        _become(found.module, self.module(found, like))
+        become(found.module, self.module(found, like))
 
     def module(self, found: s.Found, like: torch.Tensor | None) -> nn.Module:
         """A new activation for this site, working in place exactly where it must."""
@@ -252,7 +252,7 @@ def _takes_nothing(function: Callable[..., Any]) -> bool:
 # ------------------------------------------------------------------------------------------------------ the swap
 
 
-def _become(old: nn.Module, new: nn.Module) -> None:
+def become(old: nn.Module, new: nn.Module) -> None:
     """Turn `old` into `new` where it stands, so that every reference, name and hook of it stays valid."""
     base = set(vars(nn.Module()))
     for name in set(vars(old)) - base:

@@ -304,8 +304,8 @@ def anneal_ghosts(
 def remove_ghosts(model: Model, *, force: bool = False) -> Model:
     """Give back the original architecture after ghost training (ToST, ICML 2022).
 
-    At strength 0 the result computes the very numbers that the model computed with its ghosts, forward and backward
-    (for finite activations; zeros may differ in sign).
+    The result computes what the model computed before it had ghosts, bit for bit; and at strength 0 that is what it
+    computed with them, forward and backward, within the limits that `ghost=` of the surgeries states.
 
     Args:
         model: a model whose ghosts were annealed to strength 0.

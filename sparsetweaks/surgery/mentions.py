@@ -76,7 +76,9 @@ def functions_in(value: Any, depth: int = 1) -> Iterator[Any]:
         for each in value.values() if isinstance(value, dict) else value:
             yield from functions_in(each, depth - 1)
     elif not isinstance(value, (nn.Module, type, torch.Tensor)) and callable(value):
-        yield from functions_in(type(value).__call__, 0)
+        call = type(value).__call__
+        if isinstance(call, types.FunctionType):
+            yield call
 
 
 def _is_own(function: Any) -> bool:

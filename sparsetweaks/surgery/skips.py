@@ -164,7 +164,7 @@ def inject_skips(
             from 1 to 0). The strength is then a buffer that starts at the number given; `anneal_ghosts` lets it fall,
             and `remove_ghosts` gives the original model back. At strength 0 the network computes what it did before,
             forward and backward, as long as the skip's own values are finite (0 times infinity is not 0; zeros may
-            differ in sign).
+            differ in sign, and a gradient in its memory format, which may round what is computed from it otherwise).
 
     Returns:
         A new model. Parameters, buffers, masks, hooks, modes, names and classes of all modules are those of `model`,
