@@ -176,7 +176,9 @@ def export_by_torchscript(model: nn.Module, inputs: Tensor, path: Path) -> None:
 
 
 @pytest.mark.machinery("ONNX by the TorchScript exporter, in onnxruntime")
-# torch says that this exporter retires, and that it does not fold strided slices
+# torch says that this exporter retires, that it does not fold strided slices, and that it fixes the numbers of
+# channels, by which a skip chooses how to match them
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean:torch.jit.TracerWarning")
 @pytest.mark.filterwarnings(
     "ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning"
 )
