@@ -69,9 +69,7 @@ class Skip(nn.Module):
         if self.projection is not None:
             shortcut = self.projection(shortcut)
         elif self.geometry.in_channels != self.geometry.out_channels:
-            shortcut = match_channels(
-                shortcut, self.geometry.in_channels, self.geometry.out_channels, self.rank
-            )
+            shortcut = match_channels(shortcut, self.geometry.out_channels, self.rank)
         if self.norm is not None:
             shortcut = self.norm(shortcut)
         shortcut = shortcut.to(output.dtype)
@@ -114,10 +112,11 @@ class GhostSkip(g.Ghost, Skip):
         return output
 
 
-def match_channels(input: torch.Tensor, given: int, channels: int, rank: int) -> torch.Tensor:
+def match_channels(input: torch.Tensor, channels: int, rank: int) -> torch.Tensor:
     """More channels: zeros after the given ones (He et al. 2015, option A). Fewer: averages of neighbours."""
-    if channels >= given:
-        return F.pad(input, (0, 0) * rank + (0, channels - given))
+    extra = channels - input.shape[-rank - 1]
+    if extra >= 0:
+        return F.pad(input, (0, 0) * rank + (0, extra))
     if rank and input.is_contiguous():
         # pool where the channels stand, so that gradients keep the memory format too
         space = input.shape[-rank:]

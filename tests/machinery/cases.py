@@ -141,6 +141,9 @@ SURGERIES: dict[str, Callable[[nn.Module, str], nn.Module]] = {
 }
 """What is done to a ticket. Nothing at all is the control: a cell that it fails says nothing about surgery."""
 
+ONE_MODEL = [*(f"convolutional, {surgery}" for surgery in SURGERIES), "transformer, all"]
+"""The fast cells of rows that take long: every surgery of one model, and all of them of the other."""
+
 NEUTRAL: dict[str, Callable[[nn.Module], nn.Module]] = {
     "none": st.copy_model,
     "learned skips": lambda model: st.inject_skips(model),

@@ -85,6 +85,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if marker is None:
             continue
         fast = marker.kwargs.get("fast")
+        assert fast is None or fast, f"{marker.args[0]} has no fast cell"
         if fast is not None and f"{_model_of(item)}, {_column_of(item)}" not in fast:
             item.add_marker(pytest.mark.slow)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from machinery.cases import (
     CLASSES,
+    ONE_MODEL,
     SURGERIES,
     Block,
     Layer,
@@ -173,7 +174,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Tensor]], torch.optim.Optimizer]] = {
 }
 
 
-@pytest.mark.machinery("optimizers rebuilt and resumed (SGD, Adam, AdamW)")
+@pytest.mark.machinery("optimizers rebuilt and resumed (SGD, Adam, AdamW)", fast=ONE_MODEL)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_resuming(model, name, surgery, optimizer, tmp_path):
     """Training that was cut off goes on, with model and optimizer built anew, as if nothing had happened."""
@@ -296,7 +297,7 @@ def neutral_second(model: nn.Module, second: str) -> nn.Module:
     return st.swap_activations(SECOND[second](model), kind, kinds=("mish",))
 
 
-@pytest.mark.machinery("a second surgery")
+@pytest.mark.machinery("a second surgery", fast=ONE_MODEL)
 @pytest.mark.parametrize("second", SECOND)
 def test_second_surgery(model, original, name, surgery, second):
     given = copy.deepcopy(model)

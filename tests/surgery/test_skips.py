@@ -61,14 +61,14 @@ def test_a_shortcut_reads_the_positions_the_convolution_is_centred_on(options, s
 @pytest.mark.parametrize(("channels", "expected"), [(6, 6), (2, 2), (3, 3)])
 def test_channels_are_padded_with_zeros_or_averaged(channels, expected):
     x = images(4)
-    y = match_channels(x, 4, channels, 2)
+    y = match_channels(x, channels, 2)
     assert y.shape == (2, expected, 9, 9)
     if channels == 6:
         assert torch.equal(y[:, :4], x)
         assert not y[:, 4:].any()
     if channels == 2:
         torch.testing.assert_close(y, torch.stack([x[:, :2].mean(1), x[:, 2:].mean(1)], 1))
-    torch.testing.assert_close(y[0], match_channels(x[0], 4, channels, 2))  # without a batch dimension
+    torch.testing.assert_close(y[0], match_channels(x[0], channels, 2))  # without a batch dimension
 
 
 def test_learned_strength_starts_at_zero_and_gets_a_gradient():
