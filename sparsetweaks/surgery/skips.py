@@ -65,8 +65,11 @@ class Skip(nn.Module):
         shortcut = self.align(input, output)
         if self.projection is not None:
             shortcut = self.projection(shortcut)
-        elif self.geometry.in_channels != self.geometry.out_channels:
-            shortcut = match_channels(shortcut, self.geometry.out_channels, self.rank)
+        elif not self.geometry.keeps_channels:
+            channels = output.shape[
+                -self.rank - 1
+            ]  # not the geometry's: channels may be cut after the surgery
+            shortcut = match_channels(shortcut, channels, self.rank)
         if self.norm is not None:
             shortcut = self.norm(shortcut)
         shortcut = shortcut.to(output.dtype)
