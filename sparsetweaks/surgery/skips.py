@@ -66,9 +66,8 @@ class Skip(nn.Module):
         if self.projection is not None:
             shortcut = self.projection(shortcut)
         elif not self.geometry.keeps_channels:
-            channels = output.shape[
-                -self.rank - 1
-            ]  # not the geometry's: channels may be cut after the surgery
+            # not the geometry's: a pruner of channels may cut them after the surgery
+            channels = output.shape[-self.rank - 1]
             shortcut = match_channels(shortcut, channels, self.rank)
         if self.norm is not None:
             shortcut = self.norm(shortcut)
