@@ -8,6 +8,7 @@ from sparsetweaks.errors import NoEffectWarning, SurgeryError
 from sparsetweaks.export import export, load_sparse, remove_masks
 from sparsetweaks.keeping import keep_masks
 from sparsetweaks.masks import apply_masks, find_masks, rewind
+from sparsetweaks.patterns import is_semi_structured
 from sparsetweaks.prunable import prunable_weights
 from sparsetweaks.pruning import prune
 from sparsetweaks.recipe.labels import SoftLabelLoss, distillation_loss, smooth_labels
@@ -39,6 +40,7 @@ __all__ = [
     "find_skip_sites",
     "fold",
     "inject_skips",
+    "is_semi_structured",
     "keep_masks",
     "learn_layer_scales",
     "load_sparse",

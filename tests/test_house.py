@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparsetweaks"
 FLOORS = (
-    ["errors", "copying", "sparse_file", "surgery.kinds", "surgery.programs", "surgery.mentions"],
+    ["errors", "copying", "patterns", "sparse_file", "surgery.kinds", "surgery.programs", "surgery.mentions"],
     ["surgery.tracing", "surgery.dataflow"],
     ["surgery.scopes", "surgery.units"],
     ["forms", "surgery.sites", "testing"],

@@ -68,8 +68,10 @@ class Skip(nn.Module):
         shortcut = self.align(input, output)
         if self.projection is not None:
             shortcut = self.projection(shortcut)
-        elif self.geometry.in_channels != self.geometry.out_channels:
-            shortcut = match_channels(shortcut, self.geometry.out_channels, self.rank)
+        elif not self.geometry.keeps_channels:
+            # not the geometry's: a pruner of channels may cut them after the surgery
+            channels = output.shape[-self.rank - 1]
+            shortcut = match_channels(shortcut, channels, self.rank)
         if self.norm is not None:
             shortcut = self.norm(shortcut)
         shortcut = shortcut.to(output.dtype)

@@ -28,9 +28,14 @@ class Geometry:
     keeps_size: bool
 
     @property
+    def keeps_channels(self) -> bool:
+        """Whether input and output have equally many channels."""
+        return self.in_channels == self.out_channels
+
+    @property
     def keeps_shape(self) -> bool:
         """Whether input and output have equal shapes for every input."""
-        return self.keeps_size and self.in_channels == self.out_channels
+        return self.keeps_size and self.keeps_channels
 
 
 @dataclass(frozen=True)
