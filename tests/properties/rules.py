@@ -69,6 +69,8 @@ REFUSALS = ("the gradient is zero everywhere", "is not finite", "the loss is nan
 TORCH_WARNS = "Full backward hook is firing"
 """What torch says of a backward hook of the network's where nothing before it needs a gradient."""
 
+ROUNDING = 1e-5
+
 MAX_BLOCKS = 2
 """Most blocks in a network: pairs of neighbours, and two cost half of four."""
 
@@ -278,7 +280,9 @@ def _check(case: Case) -> dict[str, int]:
             after = observe_both(result, batch)
             for training, observation in seen.items():
                 mode = "train" if training else "eval"
-                no_differences(observation, after[training], f"{what} is not neutral in {mode} mode", True)
+                rounded = kind == "inject" and "channels_last" in case.spec.extras
+                told = f"{what} is not neutral in {mode} mode"
+                no_differences(observation, after[training], told, added=True, rounded=rounded)
             seen = after
         else:
             seen = {}
@@ -319,7 +323,19 @@ def apply(
     return result
 
 
-def no_differences(expected: Observation, found: Observation, what: str, added: bool = False) -> None:
+def no_differences(
+    expected: Observation, found: Observation, what: str, *, added: bool = False, rounded: bool = False
+) -> None:
+    """`rounded`: gradients only up to rounding.
+
+    With channels last, a gradient that comes around a convolution through a skip may come in another memory format
+    than the convolution's own. Where both are added, the sum takes one of the two, and later sums their order.
+    """
+    if rounded:
+        gradients = {name: value for name, value in expected.values.items() if "gradient" in name}
+        lines = differences(Observation(gradients), found, tolerance=ROUNDING, added=True)
+        assert lines == [], f"{what}: {'; '.join(lines[:4])}"
+        expected = Observation({k: v for k, v in expected.values.items() if k not in gradients})
     lines = differences(expected, found, added=added)
     assert lines == [], f"{what}: {'; '.join(lines[:4])}"
 
