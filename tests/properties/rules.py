@@ -432,7 +432,8 @@ def zeros_stay(model: nn.Module, masks: dict[str, Tensor], case: Case, batch: Ba
     with isolated_rng(0), keep_masks(model, optimizer):
         for _ in range(2):
             optimizer.zero_grad()
-            loss = first_tensor(model(batch.inputs.clone())).square().mean()
+            inputs = batch.inputs.clone().requires_grad_()  # torch warns of backward hooks without
+            loss = first_tensor(model(inputs)).square().mean()
             if loss.requires_grad:
                 loss.backward()
             optimizer.step()
