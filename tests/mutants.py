@@ -55,7 +55,7 @@ MUTANTS = (
         "surgery/tracing.py",
         "        random.setstate(state)",
         "        pass",
-        SCOPES + "test_what_python_alone_could_answer_is_refused",
+        RULES + "test_a_forward_that_draws_random_numbers_leaves_the_random_states",
     ),
     Mutant(
         "Pure",
@@ -90,7 +90,7 @@ MUTANTS = (
         "recipe/layer_scales.py",
         "    parameters = _floating_parameters(copied)\n    with torch.no_grad():",
         "    parameters = _floating_parameters(copied)\n    copied.requires_grad_(True)\n    with torch.no_grad():",
-        SCALES + "test_frozen_parameters_are_not_scaled_and_not_stepped",
+        RULES + "test_every_surgery_keeps_frozen_parameters_frozen",
     ),
     Mutant(
         "Local",
@@ -105,7 +105,7 @@ MUTANTS = (
         "    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:\n        return True",
         "    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:\n"
         "        return not m._modules",
-        SCOPES + "test_hooks_on_a_rewritten_module_live_on",
+        RULES + "test_a_child_is_called_and_not_read_where_its_parent_is_rewritten",
     ),
     Mutant(
         "Train and eval",
@@ -225,7 +225,7 @@ MUTANTS = (
         "masks.py",
         "            stack.callback(optimizer.register_step_post_hook(after_step).remove)",
         "            pass",
-        MASKS + "test_masked_sgd_by_hand_bit_for_bit",
+        MASKS + "test_nan_and_infinity_leave_exact_zeros_in_every_precision",
     ),
     Mutant(
         "zeros held by keep_masks",

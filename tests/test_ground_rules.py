@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sparsetweaks as st
@@ -66,3 +68,60 @@ def test_every_surgery_keeps_the_masks(surgery):
     }[surgery]()
     assert torch.equal(st.find_masks(made)["0.weight"], st.find_masks(model)["0.weight"])
     assert torch.equal(made[0].weight == 0, model[0].weight == 0)
+
+
+class DropsPaths(nn.Module):
+    """Draws while it is traced, from both generators."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x) * (random.random() + torch.rand(1))
+
+
+def test_a_forward_that_draws_random_numbers_leaves_the_random_states():
+    state, python_state = torch.get_rng_state(), random.getstate()
+    with pytest.warns(st.NoEffectWarning):
+        st.swap_activations(DropsPaths(), "silu")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == python_state
+
+
+@pytest.mark.parametrize("surgery", ["inject_skips", "swap_activations", "scale_layers"])
+def test_every_surgery_keeps_frozen_parameters_frozen(surgery):
+    model = unit()
+    model[0].weight.requires_grad_(False)
+    made = {
+        "inject_skips": lambda: st.inject_skips(model),
+        "swap_activations": lambda: st.swap_activations(model, "silu"),
+        "scale_layers": lambda: st.scale_layers(model, {"0.weight": 3.0}),
+    }[surgery]()
+    assert not made[0].weight.requires_grad and made[1].weight.requires_grad
+
+
+class Branching(nn.Module):
+    """Has layers of its own, and a forward that no tracer can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) if x.sum() > 0 else -self.layer(x)
+
+
+class Outer(nn.Module):
+    """A forward to rewrite around a child that must be called, hooks and all, and not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Branching()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.child(x))
+
+
+def test_a_child_is_called_and_not_read_where_its_parent_is_rewritten():
+    model, x = Outer(), torch.randn(2, 3)
+    model.child.register_forward_hook(lambda module, inputs, output: 2 * output)
+    made = st.swap_activations(model, "silu")
+    assert torch.equal(made(x), F.silu(model.child(x)))
+    assert type(made.child) is Branching

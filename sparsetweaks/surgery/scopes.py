@@ -87,7 +87,10 @@ class Scopes:
         key = (type(module), classes, held)
         if key not in self._names:
             self._names[key] = _reachable_names(type(module), classes, held)
-        return self._names[key]
+        found = self._names[key]
+        if found & DYNAMIC:  # then what it looks up may be named by an attribute
+            found |= {value for value in vars(module).values() if isinstance(value, str)}
+        return found
 
 
 def _fingerprint(module: nn.Module, names: frozenset[str]) -> Hashable:
@@ -143,7 +146,7 @@ def _functions_in(value: Any, depth: int = 1) -> Iterator[Any]:
         for each in value.values() if isinstance(value, dict) else value:
             yield from _functions_in(each, depth - 1)
     elif not isinstance(value, (nn.Module, type, torch.Tensor)) and callable(value):
-        yield from _functions_in(getattr(type(value), "__call__", None), 0)
+        yield from _functions_in(type(value).__call__, 0)
 
 
 def _reachable_names(cls: type, classes: frozenset[type], held: frozenset[Any]) -> frozenset[str]:

@@ -280,7 +280,7 @@ def _check(case: Case) -> dict[str, int]:
             after = observe_both(result, batch)
             for training, observation in seen.items():
                 mode = "train" if training else "eval"
-                rounded = kind == "inject" and "channels_last" in case.spec.extras
+                rounded = kind != "scale" and mixes_memory_formats(case.spec)
                 told = f"{what} is not neutral in {mode} mode"
                 no_differences(observation, after[training], told, added=True, rounded=rounded)
             seen = after
@@ -328,8 +328,8 @@ def no_differences(
 ) -> None:
     """`rounded`: gradients only up to rounding.
 
-    With channels last, a gradient that comes around a convolution through a skip may come in another memory format
-    than the convolution's own. Where both are added, the sum takes one of the two, and later sums their order.
+    Where tensors of several memory formats meet, a gradient that comes through a skip or an activation written over
+    its input may have another format than it had. Sums over it then add in another order.
     """
     if rounded:
         gradients = {name: value for name, value in expected.values.items() if "gradient" in name}
@@ -338,6 +338,12 @@ def no_differences(
         expected = Observation({k: v for k, v in expected.values.items() if k not in gradients})
     lines = differences(expected, found, added=added)
     assert lines == [], f"{what}: {'; '.join(lines[:4])}"
+
+
+def mixes_memory_formats(spec: Spec) -> bool:
+    """Whether some tensors in the network have their channels last and others not."""
+    permuting = any(block.norm == "layer" or block.form == "attention" for block in spec.blocks)
+    return "channels_last" in spec.extras or (permuting and spec.network != "mlp")
 
 
 def observe_both(model: nn.Module, batch: Batch) -> dict[bool, Observation]:
