@@ -259,7 +259,7 @@ class Halved(nn.Module):
         return 0.5 * weight
 
 
-_GEOMETRY: dict[str, dict[str, Any]] = {
+LAYERS: dict[str, dict[str, Any]] = {
     "plain": {"kernel_size": 3, "padding": 1, "bias": False},
     "bias": {"kernel_size": 3, "padding": 1},
     "pointwise": {"kernel_size": 1},
@@ -286,7 +286,7 @@ _GEOMETRY: dict[str, dict[str, Any]] = {
     "depthwise_widening": {"kernel_size": 3, "padding": 1},
     "strided_widening": {"kernel_size": 3, "padding": 1, "stride": 2, "bias": False},
 }
-_RESHAPING = (
+RESHAPING = (
     *("strided", "valid", "overpadded", "patches", "upsampling"),
     *("widening", "narrowing", "depthwise_widening", "strided_widening"),
 )
@@ -310,7 +310,7 @@ def _layer(name: str, width: int, rank: int) -> tuple[nn.Module, int]:
         layer = nn.Linear(width, out, bias=name != "plain")
     else:
         kinds = {"transposed": _TRANSPOSED, "upsampling": _TRANSPOSED, "subclass": _DOUBLED}
-        geometry = {key: _in_rank(value, rank) for key, value in _GEOMETRY[name].items()}
+        geometry = {key: _in_rank(value, rank) for key, value in LAYERS[name].items()}
         if name.startswith("depthwise"):
             geometry["groups"] = width
         layer = kinds.get(name, _CONVS)[rank](width, out, **geometry)
@@ -1858,7 +1858,7 @@ def _shake(model: nn.Module) -> None:
 
 HAZARDS: frozenset[str] = frozenset(
     [f"form: {name}" for name in BLOCKS]
-    + [f"layer: {name}" for name in _GEOMETRY]
+    + [f"layer: {name}" for name in LAYERS]
     + [f"norm: {name}" for name in _NORMS]
     + [f"activation: {name}" for name in ACTIVATIONS]
     + [f"root: {name}" for name in ROOTS]
@@ -1940,6 +1940,20 @@ def specs(*, max_blocks: int = 4) -> st.SearchStrategy[Spec]:
     return st.binary(min_size=size, max_size=size).map(lambda drawn: _read_spec(drawn, max_blocks))
 
 
+def draw_spec(drawn: random.Random, *, max_blocks: int = 4) -> Spec:
+    """One random network specification without hypothesis, as `specs()` draws them: for sweeps of thousands.
+
+    Args:
+        drawn: where the choices come from, e.g. `random.Random(7)`.
+        max_blocks: most blocks in a network, at least 1.
+
+    Example:
+        >>> draw_spec(random.Random(7)) == draw_spec(random.Random(7))
+        True
+    """
+    return _read_spec(drawn.randbytes(_BYTES_BESIDES + _BYTES_PER_BLOCK * max_blocks), max_blocks)
+
+
 def _read_spec(drawn: bytes, max_blocks: int) -> Spec:
     choices = _Choices(drawn[:_BYTES_BESIDES])
     network = choices.among(("conv", "conv", "conv", "mlp", "conv", "conv1d", "conv", "conv3d"))
@@ -1948,11 +1962,11 @@ def _read_spec(drawn: bytes, max_blocks: int) -> Spec:
     for number in range(choices.among(range(1, max_blocks + 1))):
         start = _BYTES_BESIDES + _BYTES_PER_BLOCK * number
         block_choices = _Choices(drawn[start : start + _BYTES_PER_BLOCK])
-        may_reshape = all(block.layer not in _RESHAPING for block in blocks)
+        may_reshape = all(block.layer not in RESHAPING for block in blocks)
         blocks.append(_read_block(block_choices, network, may_reshape, root == "tower"))
     names = [choices.among(tuple(_EXTRAS)) for _ in range(choices.among((0, 1, 1, 2, 3)))]
     extras = tuple(dict.fromkeys(names))
-    if blocks[0].layer in _RESHAPING:
+    if blocks[0].layer in RESHAPING:
         extras = tuple(extra for extra in extras if extra != "shared_block")
     return Spec(
         blocks=tuple(blocks),
@@ -1969,9 +1983,9 @@ def _read_spec(drawn: bytes, max_blocks: int) -> Spec:
 
 def _read_block(choices: _Choices, network: str, may_reshape: bool, may_call: bool) -> BlockSpec:
     form = choices.among(tuple(BLOCKS))
-    layers = _FLAT_LAYERS if network == "mlp" else tuple(_GEOMETRY)
+    layers = _FLAT_LAYERS if network == "mlp" else tuple(LAYERS)
     if BLOCKS[form].adds_input or not may_reshape:
-        layers = tuple(layer for layer in layers if layer not in _RESHAPING)
+        layers = tuple(layer for layer in layers if layer not in RESHAPING)
     layer = choices.among(layers)
     norm = choices.among(_FLAT_NORMS if network == "mlp" else _NORMS)
     activation = choices.among(tuple(ACTIVATIONS))

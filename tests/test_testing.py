@@ -117,7 +117,9 @@ def test_masks_fit_and_masked_networks_have_zeros_in_every_form(data):
         assert mask.dtype == torch.bool
         assert mask.shape == weights[name].shape
         assert bool((weights[name][~mask] == 0).all())
-        assert f"{name}_mask" in masked.model.state_dict() or masked.form == "zeros"
+        owner, _, weight = name.rpartition(".")
+        stored = {"zeros": name, "parametrization": f"{owner}.parametrizations.{weight}.0.mask"}
+        assert stored.get(masked.form, f"{name}_mask") in masked.model.state_dict()
     inputs, targets = data.draw(batches(masked.model))
     assert len(inputs) == len(targets)
     observe(masked.model, example_batch(masked.model.spec))

@@ -8,7 +8,7 @@ filters; what is constant goes to the bias.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,9 @@ from sparsetweaks.surgery import sites as s
 from sparsetweaks.surgery.activations import become
 from sparsetweaks.surgery.dataflow import called, first_input, mutates
 from sparsetweaks.surgery.ghosts import SKIP_EDIT
+from sparsetweaks.surgery.mentions import LOOPS, SLICES
 from sparsetweaks.surgery.programs import Rewritten, Trace, Untraceable, edits_of, original_class, rewrite
-from sparsetweaks.surgery.scopes import LOOPS, SLICES, Scopes, is_scope
+from sparsetweaks.surgery.scopes import Scopes, is_scope
 from sparsetweaks.surgery.skips import Skip
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -224,7 +225,7 @@ def _read_calls(model: nn.Module) -> _Calls:
     return calls
 
 
-def _within_reach(module: nn.Module, names: frozenset[str]) -> Iterator[nn.Module]:
+def _within_reach(module: nn.Module, names: Set[str]) -> Iterator[nn.Module]:
     """What a forward that cannot be read may call: its children, and the layers of containers that it takes apart."""
     for child in module.children():
         yield child

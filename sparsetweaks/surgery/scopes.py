@@ -90,7 +90,11 @@ class Scopes:
         key = (type(module), classes, held)
         if key not in self._names:
             self._names[key] = mentions(type(module), classes, held)
-        return self._names[key]
+        found = self._names[key]
+        if not DYNAMIC.isdisjoint(found):  # then what it looks up may be named by an attribute
+            texts = (value for value in vars(module).values() if isinstance(value, str))
+            found = found + collections.Counter(texts)
+        return found
 
 
 def _fingerprint(module: nn.Module, names: Set[str]) -> Hashable:

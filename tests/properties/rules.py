@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import itertools
 import pickle
 import random
@@ -21,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -42,6 +42,7 @@ from sparsetweaks import (
     scale_layers,
     swap_activations,
 )
+from sparsetweaks.surgery import programs
 from sparsetweaks.surgery.kinds import KINDS, RELU_FAMILY
 from sparsetweaks.surgery.programs import original_class
 from sparsetweaks.testing import (
@@ -51,6 +52,7 @@ from sparsetweaks.testing import (
     Spec,
     build,
     differences,
+    draw_spec,
     example_batch,
     isolated_rng,
     mask_model,
@@ -58,12 +60,25 @@ from sparsetweaks.testing import (
     observe,
     picklable,
     snapshot,
-    specs,
 )
 
 DENSITIES = (0.5, 0.1, 0.0, 1.0)
 REFUSALS = ("the gradient is zero everywhere", "is not finite", "the loss is nan", "the loss is inf")
 """Why learning layer scales may refuse a network: a mask without survivors, or scales that overshoot."""
+
+TORCH_WARNS = "Full backward hook is firing"
+"""What torch says of a backward hook of the network's where nothing before it needs a gradient."""
+
+ROUNDING = 1e-4
+"""Of the largest gradient; the gradient of a bias before a batch normalisation is nothing but rounding."""
+
+MAX_BLOCKS = 2
+"""Most blocks in a network: pairs of neighbours, and two cost half of four."""
+
+CASES_PER_SWEEP = 25
+"""Each rewritten class is one more subclass of `nn.Module`, and torch.fx patches that class: sweep them away."""
+
+_checked = itertools.count(1)
 
 
 # --- The surgeries ------------------------------------------------------------------------------------------
@@ -181,19 +196,17 @@ class Case:
         return tuple(kind for kind, _ in self.steps)
 
 
-def read_case(spec: Spec, drawn: bytes) -> Case:
-    """A network and eight bytes as a case; zeros are the plainest."""
-    form, seed, order, *variants, training, adam = drawn
-    steps = []
-    for kind, variant in zip(ORDERS[order % len(ORDERS)], variants, strict=True):
-        names = tuple(SURGERIES[kind])
-        steps.append((kind, names[variant % len(names)]))
-    return Case(spec, FORMS[form % len(FORMS)], seed, tuple(steps), training % 2 == 0, adam % 2 == 1)
-
-
-def cases(*, max_blocks: int = 2) -> st.SearchStrategy[Case]:
-    """Strategy for cases; failing ones shrink towards one plain block and the first variants."""
-    return st.builds(read_case, specs(max_blocks=max_blocks), st.binary(min_size=8, max_size=8))
+def draw_case(drawn: random.Random) -> Case:
+    """A random case."""
+    order = drawn.choice(ORDERS)
+    return Case(
+        spec=draw_spec(drawn, max_blocks=MAX_BLOCKS),
+        form=drawn.choice(FORMS),
+        mask_seed=drawn.randrange(2**16),
+        steps=tuple((kind, drawn.choice(tuple(SURGERIES[kind]))) for kind in order),
+        training=drawn.random() < 0.5,
+        adam=drawn.random() < 0.5,
+    )
 
 
 def draw_masks(model: nn.Module, seed: int) -> dict[str, Tensor]:
@@ -231,6 +244,9 @@ def check(case: Case) -> dict[str, int]:
     Raises:
         AssertionError: a rule is broken; the message ends with the case.
     """
+    if next(_checked) % CASES_PER_SWEEP == 0:
+        programs._rewritten_class.cache_clear()
+        gc.collect()
     try:
         return _check(case)
     except Exception as error:
@@ -265,7 +281,9 @@ def _check(case: Case) -> dict[str, int]:
             after = observe_both(result, batch)
             for training, observation in seen.items():
                 mode = "train" if training else "eval"
-                no_differences(observation, after[training], f"{what} is not neutral in {mode} mode", True)
+                rounded = kind != "scale" and mixes_memory_formats(case.spec)
+                told = f"{what} is not neutral in {mode} mode"
+                no_differences(observation, after[training], told, added=True, rounded=rounded)
             seen = after
         else:
             seen = {}
@@ -284,11 +302,13 @@ def apply(
         try:
             result = surgery.apply(model, batch)
         except SurgeryError as error:
-            assert any(reason in str(error) for reason in REFUSALS), error
+            if not any(reason in str(error) for reason in REFUSALS):
+                raise
             counts["refused"] += 1
             return None
-    rest = [each for each in caught if each.category is not NoEffectWarning]
-    assert rest == [], [str(each.message) for each in rest]
+    caught = [each for each in caught if not str(each.message).startswith(TORCH_WARNS)]
+    rest = [str(each.message) for each in caught if each.category is not NoEffectWarning]
+    assert rest == [], rest
     if surgery.preview:
         rewritten, left = expected
         report = changes(result)[-1]
@@ -304,15 +324,34 @@ def apply(
     return result
 
 
-def no_differences(expected: Observation, found: Observation, what: str, added: bool = False) -> None:
+def no_differences(
+    expected: Observation, found: Observation, what: str, *, added: bool = False, rounded: bool = False
+) -> None:
+    """`rounded`: gradients only up to rounding.
+
+    Where tensors of several memory formats meet, a gradient that comes through a skip or an activation written over
+    its input may have another format than it had. Sums over it then add in another order.
+    """
+    if rounded:
+        gradients = {name: value for name, value in expected.values.items() if "gradient" in name}
+        largest = max([1.0, *(float(each.abs().max()) for each in gradients.values() if each is not None)])
+        lines = differences(Observation(gradients), found, tolerance=ROUNDING * largest, added=True)
+        assert lines == [], f"{what}: {'; '.join(lines[:4])}"
+        expected = Observation({k: v for k, v in expected.values.items() if k not in gradients})
     lines = differences(expected, found, added=added)
     assert lines == [], f"{what}: {'; '.join(lines[:4])}"
 
 
+def mixes_memory_formats(spec: Spec) -> bool:
+    """Whether some tensors in the network have their channels last and others not."""
+    permuting = any(block.norm == "layer" or block.form == "attention" for block in spec.blocks)
+    return "channels_last" in spec.extras or (permuting and spec.network != "mlp")
+
+
 def observe_both(model: nn.Module, batch: Batch) -> dict[bool, Observation]:
-    """What copies of the model do in train and in eval mode."""
-    modes = (True, False)
-    return {mode: observe(copy_model(model), batch, training=mode, calls=1) for mode in modes}
+    """What a copy of the model does in train and then in eval mode."""
+    copied = copy_model(model)
+    return {mode: observe(copied, batch, training=mode, calls=1) for mode in (True, False)}
 
 
 def tensors_are_kept(model: nn.Module, result: nn.Module, what: str, *, values: bool) -> None:
@@ -377,11 +416,10 @@ def copies_agree(
             parameter.add_(1)
     loaded.load_state_dict(state)
     options: dict[str, Any] = {"training": case.training, "calls": 1}
-    expected = seen.get(case.training)
     with no_relu_but(passed_over, model):
         found = observe(copy.deepcopy(model), batch, **options)
-    if expected is not None:
-        no_differences(expected, found, "a deep copy differs")
+    if True in seen and case.training:
+        no_differences(seen[True], found, "a deep copy differs")
     if pickled is not None:
         no_differences(found, observe(pickled, batch, **options), "a pickled copy differs")
     no_differences(found, observe(loaded, batch, **options), "a copy that loaded the state differs")
@@ -394,7 +432,7 @@ def zeros_stay(model: nn.Module, masks: dict[str, Tensor], case: Case, batch: Ba
     if case.form == "zeros":
         model = apply_masks(model, masks)
     model.train(case.training)
-    parameters = [parameter for parameter in model.parameters()]
+    parameters = list(model.parameters())
     if case.adam:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
     else:
@@ -402,7 +440,8 @@ def zeros_stay(model: nn.Module, masks: dict[str, Tensor], case: Case, batch: Ba
     with isolated_rng(0), keep_masks(model, optimizer):
         for _ in range(2):
             optimizer.zero_grad()
-            loss = first_tensor(model(batch.inputs.clone())).square().mean()
+            inputs = batch.inputs.clone().requires_grad_()  # torch warns of backward hooks without
+            loss = first_tensor(model(inputs)).square().mean()
             if loss.requires_grad:
                 loss.backward()
             optimizer.step()

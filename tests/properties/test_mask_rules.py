@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from sparsetweaks.converting import convert_masks
 from sparsetweaks.errors import NoEffectWarning
-from sparsetweaks.keeping import keep_masks
 from sparsetweaks.masks import apply_masks, find_masks, masks_by_parameter
 from sparsetweaks.surgery.activations import swap_activations
 from sparsetweaks.surgery.skips import inject_skips
@@ -26,7 +25,6 @@ from sparsetweaks.testing import (
     build,
     differences,
     example_batch,
-    hazards,
     isolated_rng,
     mask_model,
     masked_models,
@@ -61,24 +59,6 @@ def weight(model: nn.Module, name: str) -> Tensor:
 
 @drawn
 @given(masked=masked_models())
-def test_surgery_keeps_masks_in_their_form_and_the_given_model_untouched(masked):
-    with isolated_rng(0):
-        before = snapshot(masked.model)
-        result = tweak(masked.model)
-        assert differences(before, snapshot(masked.model)) == []
-    for name, mask in masked.masks.items():
-        assert bool((weight(result, name)[~mask] == 0).all())
-        owner = name.rpartition(".")[0]
-        tensors = set(masked.model.get_submodule(owner).state_dict(keep_vars=True))
-        assert tensors <= set(result.get_submodule(owner).state_dict(keep_vars=True))
-    kept = find_masks(result)
-    assert set(kept) == (set(masked.masks) if masked.form != "zeros" else set())
-    for name, mask in kept.items():
-        assert torch.equal(mask, masked.masks[name]), name
-
-
-@drawn
-@given(masked=masked_models())
 def test_a_masked_model_copies_after_it_has_run(masked):
     observe(masked.model, example_batch(masked.model.spec))
     result = tweak(masked.model)
@@ -86,29 +66,6 @@ def test_a_masked_model_copies_after_it_has_run(masked):
         assert bool((weight(result, name)[~mask] == 0).all())
     if masked.form != "torch_prune":  # torch's own copy of those fails after a forward
         assert set(copy.deepcopy(result).state_dict()) == set(result.state_dict())
-
-
-@drawn
-@given(masked=masked_models(forms=("buffers", "torch_prune")), adam=st.booleans())
-def test_pruned_weights_stay_zero_after_optimizer_steps_on_a_tweaked_model(masked, adam):
-    assume(masked.masks)
-    assume("extra: frozen_body" not in hazards(masked.model))  # no masked weight is trained: refused, rightly
-    model = tweak(masked.model).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if adam:
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1)
-    else:
-        optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.1)
-    inputs, _ = example_batch(masked.model.spec)
-    with isolated_rng(0), keep_masks(model, optimizer):
-        for _ in range(3):
-            optimizer.zero_grad()
-            output = torch.utils._pytree.tree_leaves(model(inputs.clone()))[0]
-            output.square().mean().backward()
-            optimizer.step()
-    model.eval()(inputs.clone())  # `torch.nn.utils.prune` computes the weight at each forward
-    for name, mask in masked.masks.items():
-        assert bool((weight(model, name)[~mask] == 0).all()), name
 
 
 @drawn

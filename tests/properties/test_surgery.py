@@ -40,7 +40,7 @@ from sparsetweaks.testing import (
     specs,
 )
 
-TESTS = 12
+TESTS = 24  # those that are now in test_rules.py once counted here
 NETWORKS = int(os.environ.get("SPARSETWEAKS_FUZZ", "600"))
 drawn = settings(
     max_examples=max(1, NETWORKS // TESTS),
@@ -196,20 +196,26 @@ def observe_swapped(spec: Spec, training: bool) -> Observation:
 
 def shortcut(x: Tensor, conv: nn.Module, output: Tensor) -> Tensor:
     """The input at the output's positions and channels: He et al.'s option A, or neighbours' averages."""
-    starts = [
-        (d * (k - 1) - 2 * p) // 2 if not isinstance(p, str) else 0
-        for d, k, p in zip(conv.dilation, conv.kernel_size, _pairs(conv.padding), strict=True)
-    ]
-    (top, left), (down, right), (height, width) = starts, conv.stride, output.shape[2:]
-    x = x[:, :, top::down, left::right][:, :, :height, :width]
+    rank = len(conv.stride)
+    padding = [None] * rank if conv.padding == "same" else conv.padding
+    spans = zip(conv.dilation, conv.kernel_size, padding, conv.stride, output.shape[2:], strict=True)
+    for axis, (dilation, kernel, pad, stride, size) in enumerate(spans, start=2):
+        start = 0 if pad is None else (dilation * (kernel - 1) - 2 * pad) // 2
+        x = x.index_select(axis, torch.arange(size) * stride + start)
     more = output.shape[1] - x.shape[1]
     if more >= 0:
         return torch.cat([x, x.new_zeros(x.shape[0], more, *x.shape[2:])], 1)
     return x.unflatten(1, (output.shape[1], -1)).mean(2)
 
 
-def _pairs(padding: Any) -> Any:
-    return (padding, padding) if isinstance(padding, str) else padding
+def follows(scope: nn.Module, name: str) -> nn.Module | None:
+    """The normalisation that directly follows a convolution in the forwards of `sparsetweaks.testing`."""
+    owner, _, last = name.rpartition(".")
+    holder = scope.get_submodule(owner)
+    if isinstance(holder, nn.Sequential):
+        after = dict(holder.named_children()).get(str(int(last) + 1))
+        return after if "Norm" in type(after).__name__ else None
+    return getattr(holder, {"conv": "norm", "conv2": "norm2"}.get(last, "no such"), None)
 
 
 def observe_skipped(spec: Spec, training: bool, strength: float) -> Observation:
@@ -223,9 +229,8 @@ def observe_skipped(spec: Spec, training: bool, strength: float) -> Observation:
         if id(conv) in done:
             continue
         done.add(id(conv))
-        owner, _, name = site.name.rpartition(".")
-        norm = getattr(scope.get_submodule(owner), {"conv": "norm", "conv2": "norm2"}.get(name, ""), None)
-        if norm is None:
+        norm = follows(scope, site.name)
+        if norm is None or isinstance(norm, nn.Sequential):
             norm = conv
 
         def add(module: nn.Module, given: Any, output: Tensor, conv: nn.Module = conv) -> Tensor:
@@ -242,16 +247,6 @@ def observe_skipped(spec: Spec, training: bool, strength: float) -> Observation:
 
 
 # --- The ground rules ---------------------------------------------------------------------------------------
-
-
-@drawn
-@given(spec=specs(), name=surgeries)
-def test_the_given_model_and_the_random_state_are_untouched(spec, name):
-    model = build(spec)
-    with isolated_rng(spec.seed):
-        before = snapshot(model)
-        SURGERIES[name](model)
-        assert differences(before, snapshot(model)) == []
 
 
 @drawn
@@ -274,15 +269,6 @@ def test_previews_and_calls_that_raise_leave_the_model_untouched(spec):
 
 
 @drawn
-@given(spec=specs(), name=st.sampled_from(sorted(NEUTRAL)), training=st.sampled_from((True, False, None)))
-def test_a_neutral_surgery_changes_no_bit(spec, name, training):
-    batch = example_batch(spec)
-    before = observe(build(spec), batch, training=training)
-    after = observe(NEUTRAL[name](build(spec)), batch, training=training)
-    assert differences(before, after, added=True) == []
-
-
-@drawn
 @given(spec=specs(), training=st.booleans())
 def test_swapped_activations_compute_what_a_reference_computes(spec, training):
     expected = observe_swapped(spec, training)
@@ -299,68 +285,6 @@ def test_injected_skips_compute_what_a_reference_computes(spec, training):
     expected = observe_skipped(spec, training, strength=0.5)
     found = observe(inject(build(spec)), example_batch(spec), training=training)
     assert differences(expected, found, tolerance=1e-4) == []
-
-
-@drawn
-@given(spec=specs())
-def test_no_activation_is_passed_over_in_silence(spec):
-    """Each ReLU that is still computed after a swap is named in the preview, with the reason."""
-    model = build(spec)
-    left = {(site.scope, site.name) for site in find_activations(model).left}
-    swapped = swap(model)
-    names = names_of(swapped)
-    silent: set[str] = set()
-    with calling() as stack:
-
-        def note(function: Any) -> bool:
-            if stack:  # not the recomputation of a checkpoint
-                caller = next(names[id(module)] for module in reversed(stack) if id(module) in names)
-                if not any(
-                    scope in caller or f"{scope}.{name}".lstrip(".") in caller for scope, name in left
-                ):
-                    silent.add(f"{function.__name__} in {min(caller)}")
-            return False
-
-        with SiluWhere(note):
-            for training in (True, False):
-                observe(swapped, example_batch(spec), training=training)
-    assert silent == set()
-
-
-@drawn
-@given(spec=specs(), name=surgeries)
-def test_every_tensor_keeps_its_name_value_layout_flags_and_tying(spec, name):
-    model = build(spec)
-    result = SURGERIES[name](model)
-    before, after = _tensors(model), _tensors(result)
-    for key, tensor in before.items():
-        assert torch.equal(tensor, after[key]), key
-        assert tensor.data_ptr() != after[key].data_ptr(), key
-        for fact in ("dtype", "device", "requires_grad", "is_leaf"):
-            assert getattr(tensor, fact) == getattr(after[key], fact), (key, fact)
-        assert tensor.stride() == after[key].stride(), key
-        assert type(tensor) is type(after[key]), key
-    assert _tying(before, before) == _tying(after, before)
-    assert list(model.state_dict()) == [key for key in result.state_dict() if key in model.state_dict()]
-    new = [key for key in result.state_dict() if key not in model.state_dict()]
-    assert name != "swap" or not new
-    assert name != "inject" or not new
-
-
-@drawn
-@given(spec=specs(), name=surgeries)
-def test_modules_keep_names_classes_modes_and_hooks(spec, name):
-    model = build(spec)
-    result = SURGERIES[name](model)
-    after = dict(result.named_modules(remove_duplicate=False))
-    for key, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, RELU_MODULES) and "swap" in name:
-            assert after[key].training == module.training
-        else:
-            assert isinstance(after[key], type(module)), key
-            assert after[key].training == module.training, key
-            assert all(hasattr(after[key], attribute) for attribute in vars(module)), key
-        assert _hooks(module) == _hooks(after[key]), key
 
 
 @drawn
@@ -386,6 +310,7 @@ def test_results_copy_pickle_and_load(spec, name):
 @drawn
 @given(spec=specs(), training=st.booleans())
 def test_swapping_and_injecting_commute(spec, training):
+    assume("activation: Tensor.relu" not in hazards(spec))  # cannot be traced until it is swapped
     batch = example_batch(spec)
     one = observe(inject(swap(build(spec))), batch, training=training)
     other = observe(swap(inject(build(spec))), batch, training=training)
@@ -399,16 +324,6 @@ def test_a_second_neutral_surgery_changes_no_bit(spec, name, second):
     once = observe(SURGERIES[name](build(spec)), batch, training=True)
     twice = observe(NEUTRAL[second](SURGERIES[name](build(spec))), batch, training=True)
     assert differences(once, twice, added=True) == []
-
-
-@drawn
-@given(spec=specs())
-def test_every_site_left_alone_has_a_reason_and_names_a_module(spec):
-    model = build(spec)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for site in (*find_activations(model), *find_skip_sites(model)):
-        assert site.scope in modules
-        assert site.left is None or site.left.strip()
 
 
 def _outputs(seen: Observation) -> Observation:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import sparsetweaks as st
@@ -532,3 +533,21 @@ def test_recurrent_layers_are_named():
     model = nn.Sequential(nn.RNN(4, 4, nonlinearity="relu"), nn.GRU(4, 4))
     assert [site.left for site in st.find_activations(model)] == ["it is inside a recurrent layer of torch"]
     assert len(st.find_activations(model, kinds=["tanh"]).left) == 1
+
+
+def test_a_parametrization_put_above_a_rewritten_class_stays():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return F.relu(x * self.weight)
+
+    x = torch.randn(2, 3)
+    once = st.swap_activations(Scaled(), "silu")
+    parametrize.register_parametrization(once, "weight", nn.Softplus())
+    twice = st.swap_activations(once, "mish", kinds=("silu",))
+    assert parametrize.is_parametrized(twice, "weight")
+    torch.testing.assert_close(twice(x), F.mish(x * once.weight))
+    torch.testing.assert_close(once(x), F.silu(x * once.weight))
