@@ -58,6 +58,8 @@ def mentions(cls: type, classes: frozenset[type], held: frozenset[Any]) -> colle
                 found += [vars(base).get(name) for each in classes for base in each.__mro__]
             found += [scope.get(name), *(getattr(each, name, None) for each in libraries)]
             for candidate in found:
+                if isinstance(candidate, type) and issubclass(candidate, torch.autograd.Function):
+                    candidate = candidate.forward
                 candidate = getattr(candidate, "fget", None) or getattr(candidate, "__func__", candidate)
                 if _is_own(candidate):
                     pending.append(candidate)

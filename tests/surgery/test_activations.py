@@ -260,3 +260,23 @@ def test_parameters_of_a_new_activation_are_counted_as_added_and_survive_a_rewin
     swapped = st.swap_activations(st.prune(model, 0.5), nn.PReLU)
     assert st.sparsity(swapped).added_parameters == 1
     assert torch.equal(st.rewind(swapped, model.state_dict())[1].weight, swapped[1].weight)
+
+
+class OwnGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient
+
+
+class CallsOwnGradient(nn.Module):
+    def forward(self, x):
+        return OwnGradient.apply(x)
+
+
+def test_an_activation_inside_a_custom_gradient_is_named():
+    (site,) = st.find_activations(CallsOwnGradient(), kinds=["tanh"])
+    assert site.kind == "tanh" and site.left
