@@ -1,5 +1,6 @@
 """Spend sparse networks better after drawing them: tweaks for any model and any mask."""
 
+from sparsetweaks import analysis as analysis
 from sparsetweaks.copying import copy_model
 from sparsetweaks.errors import NoEffectWarning, SurgeryError
 from sparsetweaks.masks import apply_masks, find_masks, keep_masks, rewind, sparsity

@@ -211,6 +211,20 @@ def masks_by_parameter(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     return {place.parameter: place.mask() for place in _masked_places(model)}
 
 
+def lift_masks(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Make a model's pruned weights ordinary zeros, in place, and return the masks that they had.
+
+    For an analysis that must see, or move along, pruned weights too: afterwards every form computes the same
+    as before, and each masked parameter holds its own zeros beneath a mask that keeps everything.
+    """
+    masks = masks_by_parameter(model)
+    for place in _masked_places(model):
+        with torch.no_grad():
+            place.parameter.masked_fill_(~masks[place.parameter], 0)
+        place.set_mask(torch.ones_like(masks[place.parameter]))
+    return masks
+
+
 def _check_mask(place: _Place, mask: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise ValueError(f"the mask of {place.name!r} is a {type(mask).__name__}: pass a bool tensor")
