@@ -22,6 +22,7 @@ FLOORS = (
     ["recipe.layer_scales"],
     ["tweaks"],
     ["analysis.evaluation", "analysis.figures", "analysis.subspace"],
+    ["analysis.curvature", "analysis.lanczos"],
     ["analysis.hessian", "analysis.landscape"],
     ["lottery"],
 )

@@ -38,7 +38,8 @@ def working_copy(
         raise ValueError(
             f"batch_norm must be 'eval' (running statistics) or 'train' (the batch's), got {batch_norm!r}"
         )
-    copied = copy_model(model).eval()
+    with torch.inference_mode(False):  # within it tensors could not be differentiated by
+        copied = copy_model(model).eval()
     if batch_norm == "train":
         for module in copied.modules():
             if isinstance(module, _NormBase):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.ao.pruning.sparsifier.utils import FakeSparsity
 from torch.nn.utils import parametrize, prune
 
 from sparsetweaks.analysis.subspace import named_weights, subspace
@@ -14,17 +15,6 @@ from sparsetweaks.masks import apply_masks, find_masks, lift_masks
 MASK = torch.tensor([[True, False, True], [False, False, True]])
 
 
-class Times(nn.Module):
-    """A mask parametrization, as torch.ao.pruning's FakeSparsity."""
-
-    def __init__(self, mask: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mask", mask)
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return self.mask * weight
-
-
 def network(form: str) -> nn.Sequential:
     model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))
     if form == "buffers":
@@ -32,7 +22,7 @@ def network(form: str) -> nn.Sequential:
     if form == "torch.nn.utils.prune":
         prune.custom_from_mask(model[0], "weight", MASK)
     if form == "parametrization":
-        parametrize.register_parametrization(model[0], "weight", Times(MASK))
+        parametrize.register_parametrization(model[0], "weight", FakeSparsity(MASK))
     return model
 
 
