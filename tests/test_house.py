@@ -23,7 +23,8 @@ FLOORS = (
     ["tweaks"],
     ["analysis.evaluation", "analysis.figures", "analysis.subspace"],
     ["analysis.curvature", "analysis.lanczos"],
-    ["analysis.hessian", "analysis.landscape"],
+    ["analysis.hessian"],
+    ["analysis.landscape"],
     ["lottery"],
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -9,13 +9,19 @@ from sparsetweaks.analysis.hessian import (
     hessian_top_eigenvalues,
     hessian_trace,
 )
+from sparsetweaks.analysis.landscape import LossLine, LossPlane, input_loss_plane, loss_line, loss_plane
 
 __all__ = [
     "Density",
+    "LossLine",
+    "LossPlane",
     "NotConvergedWarning",
     "TopEigenvalues",
     "Trace",
     "hessian_density",
     "hessian_top_eigenvalues",
     "hessian_trace",
+    "input_loss_plane",
+    "loss_line",
+    "loss_plane",
 ]

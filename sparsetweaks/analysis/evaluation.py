@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -190,15 +190,20 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 # The loss
 
 
-def chunk_loss(model: nn.Module, chunk: Chunk, loss: Loss) -> Tensor:
-    """The loss of one chunk, checked to be a scalar."""
+def run(model: nn.Module, chunk: Chunk) -> Any:
+    """The model's output, or an error that says that the chunk's inputs do not fit."""
     try:
-        outputs = call(model, chunk.inputs)
+        return call(model, chunk.inputs)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, IndexError) as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(chunk.inputs))
         raise ValueError(f"the model fails on these inputs (shape {shapes}): {error}") from error
+
+
+def chunk_loss(model: nn.Module, chunk: Chunk, loss: Loss) -> Tensor:
+    """The loss of one chunk, checked to be a scalar."""
+    outputs = run(model, chunk)
     try:
         value = loss(outputs, chunk.targets)
     except (RuntimeError, TypeError, IndexError) as error:
@@ -207,6 +212,31 @@ def chunk_loss(model: nn.Module, chunk: Chunk, loss: Loss) -> Tensor:
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"the loss must be a scalar, the mean over the examples of a batch; got {got}")
     return value
+
+
+def reestimate_statistics(network: nn.Module, batches: Batches) -> None:
+    """Make BatchNorm's running statistics, in place, the means over the examples of each batch's statistics.
+
+    As after a change of weights, which leaves the old ones wrong. Each batch is normalised by its own on the way.
+    """
+    norms = [module for module in network.modules() if _has_statistics(module)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.training = True
+    examples = 0
+    with torch.no_grad():
+        for chunk in batches:
+            examples += chunk.examples
+            for norm in norms:
+                norm.momentum = chunk.examples / examples  # 1 at first, which forgets the old ones
+            run(network, chunk)
+    for norm in norms:
+        norm.training = False
+
+
+def _has_statistics(module: nn.Module) -> TypeGuard[_NormBase]:
+    return isinstance(module, _NormBase) and module.track_running_stats and module.running_mean is not None
 
 
 def mean_loss(model: nn.Module, batches: Batches, loss: Loss) -> float:
