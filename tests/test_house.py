@@ -25,6 +25,7 @@ FLOORS = (
     ["analysis.curvature", "analysis.lanczos"],
     ["analysis.hessian"],
     ["analysis.landscape"],
+    ["analysis.flatness"],
     ["lottery"],
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

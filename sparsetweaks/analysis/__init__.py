@@ -1,5 +1,6 @@
 """See why: curvature and loss landscapes of a sparse network, in the space where its mask lets it move."""
 
+from sparsetweaks.analysis.flatness import Flatness, flatness
 from sparsetweaks.analysis.hessian import (
     Density,
     NotConvergedWarning,
@@ -13,11 +14,13 @@ from sparsetweaks.analysis.landscape import LossLine, LossPlane, input_loss_plan
 
 __all__ = [
     "Density",
+    "Flatness",
     "LossLine",
     "LossPlane",
     "NotConvergedWarning",
     "TopEigenvalues",
     "Trace",
+    "flatness",
     "hessian_density",
     "hessian_top_eigenvalues",
     "hessian_trace",
