@@ -1,6 +1,7 @@
 """Spend sparse networks better after drawing them: tweaks for any model and any mask."""
 
-from sparsetweaks import analysis as analysis
+from typing import TYPE_CHECKING
+
 from sparsetweaks.copying import copy_model
 from sparsetweaks.errors import NoEffectWarning, SurgeryError
 from sparsetweaks.masks import apply_masks, find_masks, keep_masks, rewind, sparsity
@@ -37,3 +38,15 @@ __all__ = [
     "swap_activations",
     "tweak",
 ]
+
+if TYPE_CHECKING:
+    from sparsetweaks import analysis as analysis
+else:
+
+    def __getattr__(name):
+        """`sparsetweaks.analysis`, imported when it is first used: half as long again as all the rest."""
+        if name == "analysis":
+            from importlib import import_module
+
+            return import_module("sparsetweaks.analysis")
+        raise AttributeError(f"module 'sparsetweaks' has no attribute {name!r}")

@@ -95,6 +95,14 @@ def test_importing_is_quick_and_brings_in_nothing_but_torch():
     assert brought <= {"sparsetweaks", "torch", *sys.stdlib_module_names}
 
 
+def test_the_analysis_is_there_when_it_is_used_and_not_before():
+    code = (
+        "import sys, sparsetweaks as st; assert 'sparsetweaks.analysis' not in sys.modules; "
+        "st.analysis.hessian_trace; assert not {'matplotlib', 'scipy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_readme_says_what_the_results_say():
     command = [sys.executable, str(ROOT / "experiments" / "report.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -88,7 +88,8 @@ class TopEigenvalues:
 
     Attributes:
         values: the eigenvalues, in the order that was asked for.
-        errors: for each value a bound on its error, from the residual |H v - value v|.
+        errors: for each value a bound on its error, from the residual |H v - value v|, and no less than the
+            rounding of the products.
         vectors: for each value its eigenvector, of unit length, as a tensor for each parameter by name:
             exactly zero at pruned weights. `loss_line(direction=)` takes one.
         converged: whether every error is within the tolerance.

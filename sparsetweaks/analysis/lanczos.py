@@ -24,7 +24,7 @@ class Eigenpairs:
 
     values: list[float]
     errors: list[float]
-    """A bound on each value's error, from its residual."""
+    """A bound on each value's error, from its residual, and no less than the rounding of the products."""
     vectors: list[Tensor]
     """Of unit length."""
     converged: bool
@@ -51,9 +51,9 @@ def top_eigenpairs(
         values, inner = torch.linalg.eigh(krylov.projected)
         residuals = krylov.beta * inner[-1].abs()
         wanted = _order(values, which)[:k]
-        errors = value_errors(values, residuals)
         size = values.abs().max().item()
         floor = 10 * torch.finfo(start.dtype).eps * size  # below it the products themselves are not known
+        errors = value_errors(values, residuals).clamp(min=floor)
         enough = torch.clamp(tolerance * values[wanted].abs(), min=floor)
         exhausted = len(krylov.basis) == len(start)
         converged = len(wanted) == k and (exhausted or bool((errors[wanted] <= enough).all()))

@@ -43,6 +43,7 @@ Direction = Mapping[str, Tensor] | TopEigenvalues
 Weights = dict[str, Tensor]
 
 POINTS = 21
+CONTOURS = 20
 LINE_RADIUS = 0.5  # as far as PyHessian's example and the paper's figure 10 go along the top eigenvector
 PLANE_RADIUS = 1.0  # as in Li et al. (2018): at 1 every filter has moved by its own norm
 INPUT_RADIUS = 0.5  # half a standard deviation of normalised inputs
@@ -167,17 +168,35 @@ class LossPlane:
             f"{len(self.xs) * len(self.ys) - len(finite)} points not finite"
         )
 
-    def plot(self) -> Figure:
-        """Filled contours of the loss; a cross marks the centre, and points that are not finite stay white."""
-        figure, axes = new_figure(size=(5.5, 4.5))
+    def plot(self, *, logarithmic: bool = False) -> Figure:
+        """Filled contours of the loss; a cross marks the centre, and points that are not finite stay white.
+
+        Args:
+            logarithmic: space the contours evenly in the logarithm of the loss, which must be positive: shows
+                the basin where the rim is very high.
+        """
         finite = [value for row in self.losses for value in row if math.isfinite(value)]
         low, high = min(finite), max(finite)
         high = high if high > low else low + 1e-6 * max(abs(low), 1)  # a flat plane has one colour
-        levels = torch.linspace(low, high, 20, dtype=torch.float64).tolist()
+        if logarithmic and low <= 0:
+            raise ValueError(
+                f"the loss is {low:.3g} somewhere: it has no logarithm, so leave logarithmic out"
+            )
+        ends = (math.log(low), math.log(high)) if logarithmic else (low, high)
+        levels = torch.linspace(*ends, CONTOURS, dtype=torch.float64)
         shown = [[value if math.isfinite(value) else math.nan for value in row] for row in self.losses]
-        filled = axes.contourf(self.xs, self.ys, shown, levels=levels, cmap=SURFACE_COLORS, extend="both")
+        figure, axes = new_figure(size=(5.5, 4.5))
+        filled = axes.contourf(
+            self.xs,
+            self.ys,
+            shown,
+            levels=(levels.exp() if logarithmic else levels).tolist(),
+            norm="log" if logarithmic else None,
+            cmap=SURFACE_COLORS,
+            extend="both",
+        )
         axes.plot(0, 0, marker="+", color="white", markersize=10, markeredgewidth=2)
-        figure.colorbar(filled, ax=axes, label="mean loss")
+        figure.colorbar(filled, ax=axes, label="mean loss", format="%.3g")
         label(axes, x=f"{self.names[0]} ({self.unit})", y=f"{self.names[1]} ({self.unit})")
         return figure
 

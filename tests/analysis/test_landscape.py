@@ -435,6 +435,9 @@ def test_results_print_plot_and_turn_into_tables():
     assert len(results[2].table()) == 9
     assert "barrier" in str(results[0])
     assert "matplotlib.pyplot" not in sys.modules
+    results[2].plot(logarithmic=True).savefig(io.BytesIO())
+    with pytest.raises(ValueError, match="no logarithm"):
+        results[4].plot(logarithmic=True)
 
 
 GIVEN = {"6.bias": torch.ones(3)}
