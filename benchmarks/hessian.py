@@ -152,7 +152,14 @@ def reference(model: nn.Module, batch: Pair, k: int, options: argparse.Namespace
     if kept.is_file():
         return json.loads(kept.read_text())
     tight = hessian_top_eigenvalues(
-        model, batch, F.cross_entropy, k=k + 1, tolerance=TIGHT, chunk_size=BATCH, keep_graph=True
+        model,
+        batch,
+        F.cross_entropy,
+        k=k + 1,
+        which="magnitude",
+        tolerance=TIGHT,
+        chunk_size=BATCH,
+        keep_graph=True,
     )
     network = working_copy(model, dtype=torch.float64)
     space = subspace(network, {})
