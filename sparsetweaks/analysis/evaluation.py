@@ -87,8 +87,9 @@ class Batches:
     """The data as chunks on the network's device, the same ones in the same order at each iteration.
 
     A pair (inputs, targets) is one batch; anything else is iterated over for such pairs, anew each time. The
-    random state is set back before each iteration, so that a shuffled loader shuffles the same way and the
-    mean over the data is one function. That state is the caller's to protect (`undisturbed`).
+    random state is set back before each iteration, and that of a loader's own generator after it, so that a
+    shuffled loader shuffles the same way and the mean over the data is one function. PyTorch's random state is
+    the caller's to protect (`undisturbed`).
     """
 
     def __init__(self, data: Data, model: nn.Module, *, chunk_size: int | None = None) -> None:
@@ -113,6 +114,14 @@ class Batches:
 
     def __iter__(self) -> Iterator[Chunk]:
         torch.set_rng_state(self._random_state)
+        states = [(generator, generator.get_state()) for generator in _generators(self._data)]
+        try:
+            yield from self._chunks()
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
+
+    def _chunks(self) -> Iterator[Chunk]:
         found = False
         for pair in self._data:
             count = self._check(pair)
@@ -150,6 +159,14 @@ class Batches:
         """A copy of our own, as a network that works in place must not reach the caller's batch."""
         dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
         return tensor.detach().to(device=self._device or tensor.device, dtype=dtype, copy=True)
+
+
+def _generators(data: Any) -> Iterator[torch.Generator]:
+    """Those that a DataLoader and its sampler draw from, where they have their own."""
+    for owner in (data, getattr(data, "sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield generator
 
 
 def is_pair(data: Any) -> bool:

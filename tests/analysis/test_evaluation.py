@@ -41,6 +41,18 @@ def test_each_iteration_sees_the_same_shuffle_and_the_random_state_survives():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_loader_with_its_own_generator_shuffles_the_same_way_too_and_keeps_its_state():
+    generator = torch.Generator().manual_seed(4)
+    loader = DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=4, shuffle=True, generator=generator)
+    state = generator.get_state()
+    batches = Batches(loader, working_copy(network()))
+    with undisturbed(network()):
+        first, second = ([chunk.inputs for chunk in batches] for _ in range(2))
+        next(iter(batches))  # left in the middle
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert torch.equal(generator.get_state(), state)
+
+
 def test_the_modes_are_those_asked_for_and_statistics_stay():
     model = network()
     model(INPUTS)

@@ -21,7 +21,11 @@ from sparsetweaks.analysis import (
     hessian_top_eigenvalues,
     hessian_trace,
 )
+from sparsetweaks.lottery.config import Network
+from sparsetweaks.lottery.models import build
 from sparsetweaks.masks import apply_masks
+from sparsetweaks.surgery.activations import swap_activations
+from sparsetweaks.surgery.skips import inject_skips
 
 EXACT = {"tolerance": 1e-10}
 pytestmark = pytest.mark.filterwarnings(
@@ -274,6 +278,20 @@ def test_frozen_parameters_and_attention():
     top = hessian_top_eigenvalues(model, batch, F.mse_loss)
     assert "linear1.weight" not in top.vectors[0]
     assert top.converged
+
+
+def test_what_tweaks_added_is_part_of_the_network():
+    model = apply_masks(resnet(), {"stage1.0.conv1.weight": torch.rand(4, 4, 3, 3) > 0.8})
+    tweaked = swap_activations(inject_skips(model), "mish")
+    batch = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
+    plain, both = (hessian_top_eigenvalues(each, batch, F.cross_entropy) for each in (model, tweaked))
+    assert both.work.weights > plain.work.weights
+    assert both.work.weights - both.work.dimension == plain.work.weights - plain.work.dimension > 0
+    assert both.values[0] > 0
+
+
+def resnet() -> nn.Module:
+    return build(Network(depth=8, width=4), channels=1, classes=10, seed=0)
 
 
 def test_the_model_and_the_random_state_are_untouched_also_on_raise():
