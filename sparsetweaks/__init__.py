@@ -1,5 +1,7 @@
 """Spend sparse networks better after drawing them: tweaks for any model and any mask."""
 
+from typing import TYPE_CHECKING
+
 from sparsetweaks.converting import convert_masks
 from sparsetweaks.copying import copy_model
 from sparsetweaks.cost import cost
@@ -56,3 +58,15 @@ __all__ = [
     "tweak",
     "verify",
 ]
+
+if TYPE_CHECKING:
+    from sparsetweaks import analysis as analysis
+else:
+
+    def __getattr__(name):
+        """`sparsetweaks.analysis`, imported when it is first used: half as long again as all the rest."""
+        if name == "analysis":
+            from importlib import import_module
+
+            return import_module("sparsetweaks.analysis")
+        raise AttributeError(f"module 'sparsetweaks' has no attribute {name!r}")

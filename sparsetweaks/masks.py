@@ -110,6 +110,20 @@ def masks_by_parameter(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     return {parameter: place.mask() for parameter, place in masked_parameters(model).items()}
 
 
+def lift_masks(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Make a model's pruned weights ordinary zeros, in place, and return the masks that they had.
+
+    For an analysis that must see, or move along, pruned weights too: afterwards every form computes the same
+    as before, and each masked parameter holds its own zeros beneath a mask that keeps everything.
+    """
+    masks = masks_by_parameter(model)
+    for place in masked_places(model):
+        with torch.no_grad():
+            place.parameter.masked_fill_(~masks[place.parameter], 0)
+        place.set_mask(torch.ones_like(masks[place.parameter]))
+    return masks
+
+
 def _refuse_unknown(model: nn.Module, name: str, known: Iterable[str]) -> NoReturn:
     owner, _, attribute = name.rpartition(".")
     module = dict(model.named_modules()).get(owner)

@@ -23,16 +23,27 @@ FLOORS = (
     ["recipe.layer_scales", "cost", "budgets"],
     ["verifying"],
     ["tweaks"],
+    ["analysis.evaluation", "analysis.figures", "analysis.subspace"],
+    ["analysis.curvature", "analysis.lanczos"],
+    ["analysis.hessian"],
+    ["analysis.landscape"],
+    ["analysis.flatness"],
     ["lottery"],
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-OPTIONAL = {"export": {"onnx", "onnxruntime", "onnxscript"}}  # imported by the function that needs them
 IMPORT_MILLISECONDS = 150  # more than `import torch` takes
 
 
 def room_of(module: str) -> str:
     """The room of a module's dotted name below the package."""
     return "lottery" if module.startswith(("lottery", "__main__")) else module
+
+
+def lazy_of(room: str) -> set[str]:
+    """What a room may import inside its functions; that nothing else loads it shows below."""
+    if room == "export":
+        return {"onnx", "onnxruntime", "onnxscript"}
+    return {"matplotlib"} if room.startswith("analysis") else set()
 
 
 def imports_of(path: Path) -> set[str]:
@@ -63,11 +74,8 @@ def test_arrows_point_down_and_the_core_needs_torch_alone(path):
                 f"{here} imports {there}"
             )
         elif here not in ("lottery", "testing"):
-            assert name.split(".")[0] in {
-                "torch",
-                *OPTIONAL.get(here, ()),
-                *sys.stdlib_module_names,
-            }, f"{here} imports {name}"
+            allowed = {"torch", *lazy_of(here), *sys.stdlib_module_names}
+            assert name.split(".")[0] in allowed, f"{here} imports {name}"
 
 
 def test_only_the_surgery_touches_fx():
@@ -88,6 +96,14 @@ def test_importing_is_quick_and_brings_in_nothing_but_torch():
     assert min(float(run.splitlines()[0]) for run in runs) < IMPORT_MILLISECONDS
     brought = set(runs[0].splitlines()[1].split())
     assert brought <= {"sparsetweaks", "torch", *sys.stdlib_module_names}
+
+
+def test_the_analysis_is_there_when_it_is_used_and_not_before():
+    code = (
+        "import sys, sparsetweaks as st; assert 'sparsetweaks.analysis' not in sys.modules; "
+        "st.analysis.hessian_trace; assert not {'matplotlib', 'scipy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_readme_says_what_the_results_say():

@@ -1,0 +1,294 @@
+"""A network's loss for the analyses: on a copy, in a stated mode, as the mean over any amount of data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from sparsetweaks.copying import check_model, copy_model
+
+Batch = tuple[Any, Any]
+Data = Batch | Iterable[Batch]
+Loss = Callable[[Any, Any], Tensor]
+Progress = Callable[[int, int], None]
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The network
+
+
+def working_copy(
+    model: nn.Module, *, batch_norm: str = "eval", dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A copy to analyse: dropout off, BatchNorm by its running statistics or by the batch's.
+
+    With `batch_norm="train"` it normalises by the batch and leaves its running statistics alone. Parameters
+    and buffers in bfloat16 and float16 become float32, or all floating-point ones `dtype`.
+    """
+    check_model(model)
+    if batch_norm not in ("eval", "train"):
+        raise ValueError(
+            f"batch_norm must be 'eval' (running statistics) or 'train' (the batch's), got {batch_norm!r}"
+        )
+    with torch.inference_mode(False):  # within it tensors could not be differentiated by
+        copied = copy_model(model).eval()
+    if batch_norm == "train":
+        for module in copied.modules():
+            if isinstance(module, _NormBase):
+                module.training = True
+                module.track_running_stats = False
+    for tensor in (*copied.parameters(), *copied.buffers()):
+        if tensor.is_floating_point() and (dtype is not None or tensor.dtype in _LOW_PRECISION):
+            tensor.data = tensor.data.to(dtype or torch.float32)
+    for name, parameter in copied.named_parameters():
+        if not parameter.detach().isfinite().all():
+            raise ValueError(
+                f"the parameter {name!r} holds values that are not finite: nothing to analyse there"
+            )
+    return copied
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Gradients on, autocast off, and PyTorch's random state as it was when this is left."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    with ExitStack() as stack:
+        cuda = sorted(device.index for device in devices if device.type == "cuda")
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in {"cpu", *(device.type for device in devices)}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The data
+
+
+class Chunk(NamedTuple):
+    """A piece of the data that the network takes at once."""
+
+    inputs: Any
+    targets: Any
+    examples: int
+    """How many examples it holds."""
+
+
+class Batches:
+    """The data as chunks on the network's device, the same ones in the same order at each iteration.
+
+    A pair (inputs, targets) is one batch; anything else is iterated over for such pairs, anew each time. The
+    random state is set back before each iteration, and that of a loader's own generator after it, so that a
+    shuffled loader shuffles the same way and the mean over the data is one function. PyTorch's random state is
+    the caller's to protect (`undisturbed`).
+    """
+
+    def __init__(self, data: Data, model: nn.Module, *, chunk_size: int | None = None) -> None:
+        if chunk_size is not None and (chunk_size != int(chunk_size) or chunk_size < 1):
+            raise ValueError(f"chunk_size must be a whole number of examples, at least 1, got {chunk_size}")
+        if isinstance(data, (Tensor, str, bytes, Mapping)) or not isinstance(data, Iterable):
+            raise ValueError(
+                f"data must be (inputs, targets) or an iterable of such pairs, got a {type(data).__name__}"
+            )
+        if isinstance(data, Iterator):
+            raise ValueError(
+                f"data is a {type(data).__name__}, which can be gone through only once: pass a list or a DataLoader"
+            )
+        self.chunk_size = chunk_size
+        self.single = is_pair(data)
+        self._data: Iterable[Any] = [data] if self.single else data
+        devices = {parameter.device for parameter in model.parameters()}
+        self._device = devices.pop() if len(devices) == 1 else None
+        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        self._dtype = dtypes.pop() if len(dtypes) == 1 else None
+        self._random_state = torch.get_rng_state()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        torch.set_rng_state(self._random_state)
+        states = [(generator, generator.get_state()) for generator in _generators(self._data)]
+        try:
+            yield from self._chunks()
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
+
+    def _chunks(self) -> Iterator[Chunk]:
+        found = False
+        for pair in self._data:
+            count = self._check(pair)
+            size = self.chunk_size or count
+            for start in range(0, count, size):
+                found = True
+                part = pair if size >= count else _map(lambda t: t[start : start + size], pair)  # noqa: B023
+                inputs, targets = _map(self._arrived, part)
+                yield Chunk(inputs, targets, min(size, count - start))
+        if not found:
+            raise ValueError("the data hold no batch: pass (inputs, targets), or an iterable of such pairs")
+
+    def _check(self, pair: Any) -> int:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise ValueError(f"each batch must be a pair (inputs, targets), got a {type(pair).__name__}")
+        if not (inputs := list(_tensors(pair[0]))):
+            raise ValueError(f"the inputs must be tensors, or hold them, got a {type(pair[0]).__name__}")
+        if any(tensor.ndim == 0 for tensor in inputs):
+            raise ValueError("the inputs must have a first dimension of examples, got a tensor without any")
+        count = len(inputs[0])
+        if count == 0:
+            raise ValueError("a batch holds no example")
+        wrong = {len(t) if t.ndim else 0 for t in _tensors(pair)} - {count}
+        targets = pair[1]
+        if isinstance(targets, Tensor) and targets.ndim > 0 and len(targets) != count:
+            raise ValueError(f"a batch has {count} inputs but {len(targets)} targets")
+        if wrong and self.chunk_size is not None and self.chunk_size < count:
+            raise ValueError(
+                f"cannot cut a batch of {count} examples that also holds a tensor of first size {wrong.pop()}: "
+                "leave chunk_size out, or pass smaller batches"
+            )
+        return count
+
+    def _arrived(self, tensor: Tensor) -> Tensor:
+        """A copy of our own, as a network that works in place must not reach the caller's batch."""
+        dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(device=self._device or tensor.device, dtype=dtype, copy=True)
+
+
+def _generators(data: Any) -> Iterator[torch.Generator]:
+    """Those that a DataLoader and its sampler draw from, where they have their own."""
+    for owner in (data, getattr(data, "sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield generator
+
+
+def is_pair(data: Any) -> bool:
+    """Whether this is one batch rather than a sequence of them."""
+    return isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[1], (tuple, list))
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """The model's output for a tensor, a tuple of arguments or a mapping of named ones."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: _map(function, part) for key, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(function, part) for part in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(function, part) for part in value)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def run(model: nn.Module, chunk: Chunk) -> Any:
+    """The model's output, or an error that says that the chunk's inputs do not fit."""
+    try:
+        return call(model, chunk.inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, IndexError) as error:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(chunk.inputs))
+        raise ValueError(f"the model fails on these inputs (shape {shapes}): {error}") from error
+
+
+def chunk_loss(model: nn.Module, chunk: Chunk, loss: Loss) -> Tensor:
+    """The loss of one chunk, checked to be a scalar."""
+    outputs = run(model, chunk)
+    try:
+        value = loss(outputs, chunk.targets)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(f"the loss fails on these outputs and targets: {error}") from error
+    if not isinstance(value, Tensor) or value.ndim != 0 or not value.is_floating_point():
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the loss must be a scalar, the mean over the examples of a batch; got {got}")
+    return value
+
+
+def reestimate_statistics(network: nn.Module, batches: Batches) -> None:
+    """Make BatchNorm's running statistics, in place, the means over the examples of each batch's statistics.
+
+    As after a change of weights, which leaves the old ones wrong. Each batch is normalised by its own on the way.
+    """
+    norms = [module for module in network.modules() if _has_statistics(module)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.training = True
+    examples = 0
+    with torch.no_grad():
+        for chunk in batches:
+            examples += chunk.examples
+            for norm in norms:
+                norm.momentum = chunk.examples / examples  # 1 at first, which forgets the old ones
+            run(network, chunk)
+    for norm in norms:
+        norm.training = False
+
+
+def _has_statistics(module: nn.Module) -> TypeGuard[_NormBase]:
+    return isinstance(module, _NormBase) and module.track_running_stats and module.running_mean is not None
+
+
+def mean_loss(model: nn.Module, batches: Batches, loss: Loss) -> float:
+    """The mean loss over all examples, however the batches are cut; nan or infinite where the network diverges."""
+    total, examples = 0.0, 0
+    with torch.no_grad():
+        for chunk in batches:
+            total += chunk.examples * chunk_loss(model, chunk, loss).item()
+            examples += chunk.examples
+    return total / examples
+
+
+def check_loss(value: float) -> None:
+    """Refuse to go on from a network whose own loss is not finite."""
+    if not math.isfinite(value):
+        raise ValueError(f"the loss of the given network is {value}: nothing to analyse there")
+
+
+def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as aligned text, numbers to the right with four digits."""
+    if not rows:
+        return ""
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    head = list(rows[0])
+    widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
+    numbers = [isinstance(value, (int, float)) for value in rows[0].values()]
+    lines = [
+        "  ".join(
+            text.rjust(width) if number else text.ljust(width)
+            for text, width, number in zip(line, widths, numbers, strict=True)
+        ).rstrip()
+        for line in [head, ["-" * width for width in widths], *cells]
+    ]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

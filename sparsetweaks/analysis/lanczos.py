@@ -1,0 +1,171 @@
+"""Lanczos' method for a symmetric matrix that is known by its products alone.
+
+Every basis vector is orthogonalised against all others, so that no eigenvalue shows twice, and the basis is
+restarted from its best part when it is full (thick restart, Wu and Simon 2000), so that memory is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Multiply = Callable[[Tensor], Tensor]
+
+SPARE = 60  # how many basis vectors there may be beyond two for each wanted eigenpair
+WHICH = ("largest", "smallest", "magnitude")
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenpairs:
+    """What was found, in the order that was asked for."""
+
+    values: list[float]
+    errors: list[float]
+    """A bound on each value's error, from its residual, and no less than the rounding of the products."""
+    vectors: list[Tensor]
+    """Of unit length."""
+    converged: bool
+
+
+def top_eigenpairs(
+    multiply: Multiply,
+    start: Tensor,
+    *,
+    k: int,
+    which: str,
+    tolerance: float,
+    iterations: int,
+    generator: torch.Generator,
+    on_step: Callable[[int], None] = lambda step: None,
+    spare: int = SPARE,
+) -> Eigenpairs:
+    """The k wanted eigenpairs, each value to `tolerance` of itself, from at most `iterations` products."""
+    krylov = Krylov(start, generator)
+    full = min(2 * k + spare, len(start))
+    for step in range(1, iterations + 1):
+        krylov.extend(multiply)
+        on_step(step)
+        values, inner = torch.linalg.eigh(krylov.projected)
+        residuals = krylov.beta * inner[-1].abs()
+        wanted = _order(values, which)[:k]
+        size = values.abs().max().item()
+        floor = 10 * torch.finfo(start.dtype).eps * size  # below it the products themselves are not known
+        errors = value_errors(values, residuals).clamp(min=floor)
+        enough = torch.clamp(tolerance * values[wanted].abs(), min=floor)
+        exhausted = len(krylov.basis) == len(start)
+        converged = len(wanted) == k and (exhausted or bool((errors[wanted] <= enough).all()))
+        if converged or step == iterations:
+            vectors = [krylov.combine(inner[:, column]) for column in wanted.tolist()]
+            return Eigenpairs(values[wanted].tolist(), errors[wanted].tolist(), vectors, converged)
+        if len(krylov.basis) == full:
+            krylov.restart(values, inner, _order(values, which)[: k + (full - k) // 2])
+        krylov.advance(negligible=floor)
+    raise AssertionError("unreachable: iterations is at least 1")
+
+
+def value_errors(values: Tensor, residuals: Tensor) -> Tensor:
+    """How far from an eigenvalue each Ritz value is at most: its residual r, or r^2 / gap where that is less.
+
+    The gap is that to the nearest other eigenvalue, of which only Ritz values are known: taken for half of
+    what is left when those have moved by twice their own residual.
+    """
+    apart = ((values[:, None] - values[None, :]).abs() - 2 * residuals[None, :]) / 2
+    apart.fill_diagonal_(torch.inf)
+    gaps = apart.min(dim=1).values
+    known = (gaps > residuals) & gaps.isfinite()  # a single Ritz value has no neighbour yet
+    return torch.where(known, residuals * (residuals / gaps), residuals)
+
+
+def quadrature(
+    multiply: Multiply,
+    start: Tensor,
+    *,
+    steps: int,
+    generator: torch.Generator,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> tuple[Tensor, Tensor]:
+    """Nodes and weights (they sum to 1) of the spectrum as `start` sees it: exact for powers below 2 * steps."""
+    krylov = Krylov(start, generator)
+    for step in range(1, min(steps, len(start)) + 1):
+        krylov.extend(multiply)
+        on_step(step)
+        size = torch.linalg.eigvalsh(krylov.projected).abs().max().item()
+        if krylov.beta <= 10 * torch.finfo(start.dtype).eps * size:
+            break  # `start` lies in the span of these eigenvectors: the rest of the spectrum has no weight
+        if step < min(steps, len(start)):
+            krylov.advance(negligible=0.0)
+    nodes, inner = torch.linalg.eigh(krylov.projected)
+    return nodes, inner[0].square()
+
+
+class Krylov:
+    """An orthonormal basis, and the matrix as that basis sees it."""
+
+    def __init__(self, start: Tensor, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.basis = [start / torch.linalg.vector_norm(start)]
+        self.projected = torch.zeros(0, 0, dtype=torch.float64)
+        self.rest = start
+        self.beta = 0.0
+
+    def extend(self, multiply: Multiply) -> None:
+        """Take the product with the newest basis vector: one more row and column of `projected`."""
+        self.rest = multiply(self.basis[-1])
+        coefficients = self._orthogonalise()
+        size = len(self.basis)
+        grown = torch.zeros(size, size, dtype=torch.float64)
+        grown[:-1, :-1] = self.projected
+        grown[-1, :] = grown[:, -1] = coefficients
+        self.projected = grown
+        self.beta = torch.linalg.vector_norm(self.rest).item()
+
+    def advance(self, *, negligible: float) -> None:
+        """Go on with what the last product added; with a random direction if that is nothing."""
+        if self.beta <= negligible:
+            self.rest = random_vector(self.rest, self.generator)
+            self._orthogonalise()
+            self.beta = 0.0
+        self.basis.append(self.rest / torch.linalg.vector_norm(self.rest))
+
+    def restart(self, values: Tensor, inner: Tensor, keep: Tensor) -> None:
+        """Shrink the basis to these Ritz vectors."""
+        self.basis = [self.combine(inner[:, column]) for column in keep.tolist()]
+        self.projected = torch.diag(values[keep])
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """The vector with these coordinates in the basis."""
+        vector = torch.zeros_like(self.basis[0])
+        for coefficient, each in zip(coefficients.tolist(), self.basis, strict=True):
+            vector.add_(each, alpha=coefficient)
+        return vector / torch.linalg.vector_norm(vector)
+
+    def _orthogonalise(self) -> Tensor:
+        """Take the basis out of `rest`, twice, as once leaves rounding errors in; what was taken out."""
+        coefficients = torch.zeros(len(self.basis), dtype=torch.float64)
+        for _ in range(2):
+            for number, each in enumerate(self.basis):
+                part = torch.dot(each, self.rest).item()
+                self.rest = self.rest.sub(each, alpha=part)
+                coefficients[number] += part
+        return coefficients
+
+
+def random_vector(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent standard normal entries."""
+    drawn = torch.randn(len(like), generator=generator, device=generator.device, dtype=torch.float64)
+    return drawn.to(device=like.device, dtype=like.dtype)
+
+
+def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent entries of 1 and -1 (Rademacher)."""
+    drawn = torch.randint(2, (len(like),), generator=generator, device=generator.device)
+    return (2 * drawn - 1).to(device=like.device, dtype=like.dtype)
+
+
+def _order(values: Tensor, which: str) -> Tensor:
+    if which == "smallest":
+        return values.argsort()
+    return (values.abs() if which == "magnitude" else values).argsort(descending=True)

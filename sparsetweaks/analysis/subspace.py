@@ -1,0 +1,121 @@
+"""Flat vectors over the weights that training can move: where a sparse network's curvature lives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from sparsetweaks.masks import masks_by_parameter
+from sparsetweaks.prunable import close_names
+
+Where = str | Iterable[str] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """Some entries of some parameters, as one flat vector."""
+
+    parameters: dict[str, nn.Parameter]
+    """By the weight's own name, whatever form its mask has."""
+    kept: dict[str, Tensor]
+    """For each parameter that is not whole: the places of its entries that belong, in its flattened form."""
+
+    @property
+    def dimension(self) -> int:
+        """How many entries there are."""
+        return sum(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        return [
+            len(self.kept[name]) if name in self.kept else parameter.numel()
+            for name, parameter in self.parameters.items()
+        ]
+
+    def flat(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The entries that belong, of one tensor per parameter, on the first one's device."""
+        parts = [
+            tensor.reshape(-1)[self.kept[name]] if name in self.kept else tensor.reshape(-1)
+            for name, tensor in zip(self.parameters, tensors, strict=True)
+        ]
+        return torch.cat([part.to(device=parts[0].device, dtype=parts[0].dtype) for part in parts])
+
+    def tensors(self, flat: Tensor) -> list[Tensor]:
+        """One tensor per parameter, exactly zero at every entry that does not belong."""
+        parts = []
+        for (name, parameter), part in zip(self.parameters.items(), flat.split(self._sizes()), strict=True):
+            part = part.to(device=parameter.device, dtype=parameter.dtype)
+            if name in self.kept:
+                part = torch.zeros_like(parameter.detach()).reshape(-1).index_copy(0, self.kept[name], part)
+            parts.append(part.reshape(parameter.shape))
+        return parts
+
+    def named(self, flat: Tensor) -> dict[str, Tensor]:
+        """`tensors` by name."""
+        return dict(zip(self.parameters, self.tensors(flat), strict=True))
+
+
+def subspace(
+    model: nn.Module, masks: Mapping[nn.Parameter, Tensor], *, over: str = "kept", where: Where = None
+) -> Subspace:
+    """The trainable weights of `model`, BatchNorm's and biases too: those kept by `masks`, or all of them.
+
+    Args:
+        masks: True = kept, by parameter of this model.
+        over: `"kept"` or `"all"`.
+        where: glob pattern(s) on the names of parameters, or of the modules that hold them.
+    """
+    trainable = {name: p for name, p in named_weights(model).items() if p.requires_grad}
+    if not trainable:
+        raise ValueError("the model has no trainable parameter: all are frozen, or there is none")
+    chosen = _select(trainable, where)
+    kept = {
+        name: masks[parameter].reshape(-1).nonzero().squeeze(1)
+        for name, parameter in chosen.items()
+        if over == "kept" and parameter in masks and not masks[parameter].all()
+    }
+    found = Subspace(chosen, kept)
+    if found.dimension == 0:
+        raise ValueError("every weight that was chosen is pruned: there is nothing left to move")
+    return found
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The floating-point parameters by the weight's own name, as in `find_masks`; a tied one once.
+
+    In alphabetical order, so that one generator draws the same direction whatever form the masks have.
+    """
+    masked = masks_by_parameter(model)
+    named = {}
+    for name, parameter in model.named_parameters():
+        if parameter in masked:
+            name = name.removesuffix("_orig")
+        if name.endswith(".original"):
+            name = name.removesuffix(".original").replace("parametrizations.", "")
+        if parameter.is_floating_point():
+            named[name] = parameter
+    return dict(sorted(named.items()))
+
+
+def _select(parameters: dict[str, nn.Parameter], where: Where) -> dict[str, nn.Parameter]:
+    if where is None:
+        return parameters
+    patterns = [where] if isinstance(where, str) else list(where)
+    chosen = set()
+    for pattern in patterns:
+        names = {name for name in parameters if any(fnmatchcase(part, pattern) for part in _around(name))}
+        if not names:
+            raise ValueError(
+                f"where={pattern!r} matches no trainable parameter; close: {close_names(pattern, parameters)}"
+            )
+        chosen |= names
+    return {name: parameter for name, parameter in parameters.items() if name in chosen}
+
+
+def _around(name: str) -> list[str]:
+    """A parameter's name and those of the modules that hold it."""
+    parts = name.split(".")
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]

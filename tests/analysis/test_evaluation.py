@@ -1,0 +1,141 @@
+"""The loss of the analyses: one exact mean however the data come, on a copy, with nothing else moved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from sparsetweaks.analysis.evaluation import Batches, Chunk, chunk_loss, mean_loss, undisturbed, working_copy
+
+GENERATOR = torch.Generator().manual_seed(0)
+INPUTS, TARGETS = torch.randn(11, 3, generator=GENERATOR), torch.randint(2, (11,), generator=GENERATOR)
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.Linear(4, 2)
+    )
+
+
+def test_the_mean_over_uneven_batches_is_that_over_all_examples():
+    model = working_copy(network(), dtype=torch.float64)
+    whole = F.cross_entropy(model(INPUTS.double()), TARGETS).item()
+    uneven = [(INPUTS[:2], TARGETS[:2]), (INPUTS[2:3], TARGETS[2:3]), (INPUTS[3:], TARGETS[3:])]
+    shuffled = DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=4, shuffle=True)
+    for data in ((INPUTS, TARGETS), uneven, shuffled):
+        for chunk_size in (None, 1, 3, 100):
+            batches = Batches(data, model, chunk_size=chunk_size)
+            assert mean_loss(model, batches, F.cross_entropy) == pytest.approx(whole, rel=1e-12)
+
+
+def test_each_iteration_sees_the_same_shuffle_and_the_random_state_survives():
+    model = working_copy(network())
+    state = torch.get_rng_state()
+    with undisturbed(model):
+        batches = Batches(DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=4, shuffle=True), model)
+        first, second = ([chunk.inputs for chunk in batches] for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_loader_with_its_own_generator_shuffles_the_same_way_too_and_keeps_its_state():
+    generator = torch.Generator().manual_seed(4)
+    loader = DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=4, shuffle=True, generator=generator)
+    state = generator.get_state()
+    batches = Batches(loader, working_copy(network()))
+    with undisturbed(network()):
+        first, second = ([chunk.inputs for chunk in batches] for _ in range(2))
+        next(iter(batches))  # left in the middle
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_the_modes_are_those_asked_for_and_statistics_stay():
+    model = network()
+    model(INPUTS)
+    in_eval, in_train = working_copy(model), working_copy(model, batch_norm="train")
+    model.eval()
+    assert torch.equal(in_eval(INPUTS), model(INPUTS))
+    model[1].train()
+    before = in_train[1].running_mean.clone()
+    assert torch.equal(in_train(INPUTS), model(INPUTS))
+    assert torch.equal(in_train[1].running_mean, before)
+    with pytest.raises(ValueError, match="batch_norm"):
+        working_copy(model, batch_norm="batch")
+
+
+def test_low_precision_is_widened():
+    model = network().to(torch.bfloat16)
+    assert working_copy(model)[0].weight.dtype == torch.float32
+    (chunk,) = Batches((INPUTS.to(torch.bfloat16), TARGETS), working_copy(model))
+    assert chunk.inputs.dtype == torch.float32
+    assert model[0].weight.dtype == torch.bfloat16
+
+
+def test_a_network_that_works_in_place_cannot_reach_the_batch():
+    before = INPUTS.clone()
+    model = working_copy(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)))
+    mean_loss(model, Batches((INPUTS, TARGETS), model), F.cross_entropy)
+    assert torch.equal(INPUTS, before)
+
+
+def test_several_inputs_and_nested_targets():
+    class Sum(nn.Module):
+        def forward(self, first, second):
+            return first + second
+
+    model = Sum()
+    for inputs in ((INPUTS, INPUTS), {"first": INPUTS, "second": INPUTS}):
+        batches = Batches([(inputs, [TARGETS, TARGETS])], model, chunk_size=4)
+        value = mean_loss(model, batches, lambda outputs, targets: outputs.mean() + len(targets))
+        assert value == pytest.approx(2 * INPUTS.mean().item() + 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "no batch"),
+        (INPUTS, "got a Tensor"),
+        (iter([(INPUTS, TARGETS)]), "only once"),
+        ([INPUTS], "must be a pair"),
+        ((INPUTS, TARGETS[:3]), "11 inputs but 3 targets"),
+        ((INPUTS[:0], TARGETS[:0]), "no example"),
+        (("text", TARGETS), "the inputs must be tensors"),
+        ((torch.tensor(1.0), TARGETS), "first dimension"),
+    ],
+)
+def test_wrong_data(data, message):
+    with pytest.raises(ValueError, match=message):
+        list(Batches(data, network()))
+
+
+def test_a_batch_that_cannot_be_cut():
+    batches = Batches(((INPUTS, INPUTS[:3]), TARGETS), network(), chunk_size=4)
+    with pytest.raises(ValueError, match="cannot cut a batch of 11 examples"):
+        list(batches)
+    with pytest.raises(ValueError, match="chunk_size"):
+        Batches((INPUTS, TARGETS), network(), chunk_size=0)
+
+
+def test_wrong_losses_and_inputs_that_do_not_fit():
+    model = working_copy(network())
+    chunk = Chunk(INPUTS, TARGETS, 11)
+    with pytest.raises(ValueError, match=r"must be a scalar.*shape \(11,\)"):
+        chunk_loss(model, chunk, lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="none"))
+    with pytest.raises(ValueError, match=r"must be a scalar, .* got float"):
+        chunk_loss(model, chunk, lambda outputs, targets: 1.0)
+    with pytest.raises(ValueError, match=r"the model fails on these inputs \(shape \(11, 2\)\)"):
+        chunk_loss(model, Chunk(INPUTS[:, :2], TARGETS, 11), F.cross_entropy)
+    with pytest.raises(ValueError, match="the loss fails"):
+        chunk_loss(model, Chunk(INPUTS, TARGETS.float(), 11), lambda outputs, targets: outputs @ targets)
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = network()
+    with torch.no_grad():
+        model[4].bias[0] = float("nan")
+    with pytest.raises(ValueError, match=r"'4\.bias'"):
+        working_copy(model)

@@ -1,0 +1,118 @@
+"""Lanczos against dense eigenvalues: clusters, restarts, ends of the spectrum, spans that close early."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsetweaks.analysis.lanczos import (
+    quadrature,
+    random_signs,
+    random_vector,
+    top_eigenpairs,
+    value_errors,
+)
+
+
+def matrix(eigenvalues: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    size = len(eigenvalues)
+    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return basis @ torch.diag(eigenvalues) @ basis.T
+
+
+def solve(dense: torch.Tensor, *, k: int = 1, which: str = "largest", tolerance: float = 1e-6, **options):
+    generator = torch.Generator().manual_seed(1)
+    return top_eigenpairs(
+        lambda vector: dense @ vector,
+        random_vector(dense[0], generator),
+        k=k,
+        which=which,
+        tolerance=tolerance,
+        generator=generator,
+        **{"iterations": 2000, **options},
+    )
+
+
+CLUSTERED = torch.cat([torch.tensor([10, 9.99, 9.98, 9.97, 9.96, -4.0]), torch.linspace(-1, 8, 394)]).double()
+
+
+@pytest.mark.parametrize("spare", [6, 60])  # restarted often, and seldom
+def test_a_clustered_top_with_vectors(spare):
+    dense = matrix(CLUSTERED)
+    found = solve(dense, k=5, spare=spare)
+    assert found.converged
+    expected = CLUSTERED.sort(descending=True).values[:5]
+    assert found.values == pytest.approx(expected.tolist(), rel=1e-6)
+    for value, error, vector in zip(found.values, found.errors, found.vectors, strict=True):
+        assert torch.linalg.vector_norm(vector) == pytest.approx(1, rel=1e-12)
+        assert (dense @ vector - value * vector).norm() < 1e-2  # the root of the tolerance
+        assert (CLUSTERED - value).abs().min() <= error + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"), [("smallest", [-20, -4]), ("largest", [10, 9.99]), ("magnitude", [-20, 10])]
+)
+def test_ends_of_the_spectrum(which, expected):
+    eigenvalues = CLUSTERED.clone()
+    eigenvalues[7] = -20
+    assert solve(matrix(eigenvalues), k=2, which=which).values == pytest.approx(expected, rel=1e-6)
+
+
+def test_stopping_early_says_so_and_keeps_an_honest_bound():
+    found = solve(matrix(CLUSTERED), iterations=8)
+    assert not found.converged
+    assert found.errors[0] > 1e-5
+    assert abs(found.values[0] - 10) <= found.errors[0]
+
+
+def test_the_error_is_within_the_tolerance_and_taken_in_few_products():
+    steps = []
+    for seed in range(20):
+        eigenvalues = torch.cat([torch.tensor([145.0, 110, 73, 33]), torch.linspace(-1, 10, 296)]).double()
+        taken = []
+        found = solve(matrix(eigenvalues, seed), tolerance=1e-3, on_step=taken.append)
+        assert abs(found.values[0] - 145) <= 0.145
+        steps.append(len(taken))
+    assert sum(steps) / len(steps) < 12
+
+
+def test_a_span_that_closes_early_goes_on_elsewhere():
+    dense = torch.diag(torch.tensor([3.0, 3, 3, 1, 1, 0, 0, 0], dtype=torch.float64))
+    assert solve(dense, k=3, tolerance=1e-10).values[:2] == pytest.approx([3, 1])  # a multiple one shows once
+    assert solve(dense, k=8).values == pytest.approx([3, 3, 3, 1, 1, 0, 0, 0], abs=1e-12)
+    assert solve(0 * dense, k=2).values == [0, 0]
+
+
+def test_more_steps_than_dimensions():
+    dense = matrix(torch.arange(1.0, 7).double())
+    assert solve(dense, k=6).values == pytest.approx([6, 5, 4, 3, 2, 1], rel=1e-10)
+
+
+def test_errors_of_values_use_the_gap_only_where_there_is_one():
+    values, residuals = torch.tensor([0.0, 1.0, 10.0]), torch.tensor([0.9, 0.5, 0.1])
+    assert value_errors(values, residuals).tolist() == pytest.approx([0.9, 0.5, 0.01 / 4])
+    assert value_errors(values[:1], residuals[:1]).tolist() == pytest.approx([0.9])
+
+
+def test_quadrature_has_the_moments_of_its_probe():
+    dense = matrix(CLUSTERED)
+    generator = torch.Generator().manual_seed(2)
+    probe = random_signs(dense[0], generator)
+    nodes, weights = quadrature(lambda v: dense @ v, probe, steps=8, generator=generator)
+    assert len(nodes) == 8
+    power = probe
+    for degree in range(16):
+        expected = torch.dot(probe, power).item() / len(probe)
+        assert torch.dot(weights, nodes**degree).item() == pytest.approx(expected, rel=1e-9), degree
+        power = dense @ power
+    beyond = torch.dot(probe, power).item() / len(probe)
+    assert torch.dot(weights, nodes**16).item() != pytest.approx(beyond, rel=1e-9)
+
+
+def test_quadrature_of_a_probe_in_a_small_span():
+    dense = torch.diag(torch.tensor([2.0, 2, 5, 5], dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    nodes, weights = quadrature(lambda v: dense @ v, torch.ones(4).double(), steps=4, generator=generator)
+    assert nodes.tolist() == pytest.approx([2, 5])
+    assert weights.tolist() == pytest.approx([0.5, 0.5])

@@ -1,0 +1,504 @@
+"""Lines and planes against brute force: the weights or inputs moved by hand, the loss taken again."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.ao.pruning.sparsifier.utils import FakeSparsity
+from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
+
+from sparsetweaks.analysis import hessian_top_eigenvalues, input_loss_plane, loss_line, loss_plane
+from sparsetweaks.analysis.evaluation import Batches, reestimate_statistics, working_copy
+from sparsetweaks.analysis.landscape import LossLine, _scaled
+from sparsetweaks.copying import copy_model
+from sparsetweaks.masks import apply_masks
+
+FORMS = ["dense", "buffers", "torch.nn.utils.prune", "parametrization"]
+FEW = {"points": 5}
+
+
+def plain(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3, bias=False),
+        nn.BatchNorm2d(3),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.5),
+        nn.Conv2d(3, 2, 2),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    ).double()
+    nn.init.uniform_(model[1].weight, 0.5, 1.5)
+    nn.init.uniform_(model[1].running_var, 0.5, 1.5)
+    nn.init.normal_(model[1].running_mean)
+    return model
+
+
+def masks_of(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    masks = {"0.weight": torch.rand(3, 1, 3, 3, generator=generator) > 0.5}
+    masks["4.weight"] = torch.rand(2, 3, 2, 2, generator=generator) > 0.5
+    masks["4.weight"][0] = False  # a filter that is pruned whole
+    return masks
+
+
+def masked(form: str = "buffers", seed: int = 0) -> nn.Sequential:
+    model, masks = plain(seed), masks_of(seed)
+    if form == "buffers":
+        return apply_masks(model, masks)
+    for name, mask in masks.items():
+        layer = model.get_submodule(name[0])
+        if form == "torch.nn.utils.prune":
+            prune.custom_from_mask(layer, "weight", mask)
+        if form == "parametrization":
+            parametrize.register_parametrization(layer, "weight", FakeSparsity(mask))
+    return model
+
+
+def batch(examples: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    inputs = torch.randn(examples, 1, 5, 5, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(3, (examples,), generator=generator)
+
+
+def loss_at(model: nn.Module, change=lambda name, weight: weight) -> float:
+    """By hand, on an ordinary model that holds its own zeros."""
+    moved = copy_model(model).eval()
+    with torch.no_grad():
+        for name, parameter in moved.named_parameters():
+            parameter.copy_(change(name, parameter))
+        return F.cross_entropy(moved(batch()[0].clone()), batch()[1]).item()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Along a direction
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_line_along_the_top_eigenvector(form):
+    model = masked(form)
+    reference = plain() if form == "dense" else masked("buffers")
+    top = hessian_top_eigenvalues(model, batch(), F.cross_entropy, tolerance=1e-12)
+    line = loss_line(model, batch(), F.cross_entropy, direction=top, **FEW)
+    assert line.positions == (-0.5, -0.25, 0, 0.25, 0.5)
+    assert line.unit == "Euclidean distance"
+    for t, value in zip(line.positions, line.losses, strict=True):
+        expected = loss_at(reference, lambda name, weight: weight + t * top.vectors[0][name])  # noqa: B023
+        assert value == pytest.approx(expected, rel=1e-12)
+    assert line.rise == max(line.losses) - line.losses[2]
+    near = loss_line(model, batch(), F.cross_entropy, direction=top, points=3, radius=1e-3)
+    curvature = (near.losses[0] - 2 * near.losses[1] + near.losses[2]) / 1e-6
+    assert curvature == pytest.approx(top.values[0], rel=1e-4)
+
+
+def test_a_direction_of_some_parameters_scaled_by_filters():
+    model = masked()
+    direction = {"4.weight": torch.randn(2, 3, 2, 2).double(), "6.bias": torch.randn(3).double()}
+    line = loss_line(model, batch(), F.cross_entropy, direction=direction, scale="filter", radius=2.0, **FEW)
+    weight, bias = model[4].weight.detach(), model[6].bias.detach()
+    filters = [part * w.norm() / part.norm() for part, w in zip(direction["4.weight"], weight, strict=True)]
+    by_name = {
+        "4.weight": torch.stack(filters),
+        "6.bias": direction["6.bias"] * bias.norm() / direction["6.bias"].norm(),
+    }
+    for t, value in zip(line.positions, line.losses, strict=True):
+        expected = loss_at(model, lambda n, w: w + t * by_name[n] if n in by_name else w)  # noqa: B023
+        assert value == pytest.approx(expected, rel=1e-12)
+    assert line.unit == "norms of each filter"
+    assert line.kept == 12 + 3  # the pruned filter has norm 0 and stays
+    with pytest.raises(ValueError, match="between two networks"):
+        _ = line.barrier
+
+
+def test_filters_that_are_all_zero_stay():
+    weights = {"w": torch.tensor([[0.0, 0.0], [3.0, 4.0]])}
+    scaled = _scaled({"w": torch.tensor([[1.0, 1.0], [0.0, 2.0]])}, weights, "filter")
+    assert scaled["w"].tolist() == [[0, 0], [0, 5]]
+    assert _scaled({"w": torch.tensor([[1.0, 1.0], [0.0, 0.0]])}, {"w": torch.ones(2, 2)}, "filter")["w"][
+        1
+    ].tolist() == [0, 0]
+    with pytest.raises(ValueError, match="zero everywhere"):
+        _scaled({"w": torch.zeros(2, 2)}, weights, "plain")
+    with pytest.raises(ValueError, match="nothing would move"):
+        _scaled({"w": torch.tensor([[1.0, 1.0], [0.0, 0.0]])}, weights, "filter")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Between two networks
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("other_form", FORMS)
+def test_a_line_between_two_networks_and_its_barrier(form, other_form):
+    first, second = masked("buffers", 0), plain(1) if other_form == "dense" else masked("buffers", 1)
+    other = second if other_form == "dense" else masked(other_form, 1)
+    line = loss_line(masked(form, 0), batch(), F.cross_entropy, to=other, **FEW)
+    assert line.positions == (0, 0.25, 0.5, 0.75, 1)
+    expected = []
+    for t in line.positions:
+        moved = copy_model(first).eval()
+        with torch.no_grad():
+            tensors = {**dict(moved.named_parameters()), **dict(moved.named_buffers())}
+            state = second.state_dict()
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point():
+                    tensor.copy_((1 - t) * tensor + t * state[name])
+            expected.append(F.cross_entropy(moved(batch()[0].clone()), batch()[1]).item())
+    assert line.losses == pytest.approx(expected, rel=1e-12)
+    assert line.losses[0] == pytest.approx(loss_at(first), rel=1e-12)
+    assert line.losses[-1] == pytest.approx(loss_at(second), rel=1e-12)
+    straight = [(1 - t) * expected[0] + t * expected[-1] for t in line.positions]
+    assert line.barrier == pytest.approx(
+        max(e - s for e, s in zip(expected, straight, strict=True)), abs=1e-12
+    )
+    masks = [masks_of(0), masks_of(1)]
+    if other_form == "dense":
+        masks[1] = {name: torch.ones_like(mask) for name, mask in masks[1].items()}
+    pruned = sum(int((~(masks[0][name] | masks[1][name])).sum()) for name in masks[0])
+    assert line.weights - line.kept == pruned
+
+
+def test_the_intersection_of_the_masks_restricts_both_ends():
+    first, second = masked("buffers", 0), masked("torch.nn.utils.prune", 1)
+    line = loss_line(first, batch(), F.cross_entropy, to=second, masks="intersection", **FEW)
+    masks = {name: masks_of(0)[name] & masks_of(1)[name] for name in masks_of(0)}
+    ends = [masked("buffers", seed) for seed in (0, 1)]
+    expected = [loss_at(end, lambda n, w: w * masks[n] if n in masks else w) for end in ends]
+    assert (line.losses[0], line.losses[-1]) == pytest.approx(tuple(expected), rel=1e-12)
+    assert line.weights - line.kept == sum(int((~mask).sum()) for mask in masks.values())
+    assert loss_line(first, batch(), F.cross_entropy, to=first).barrier == pytest.approx(0, abs=1e-12)
+
+
+def test_statistics_are_estimated_anew_at_each_point():
+    first, second = plain(0), plain(1)
+    data = [tuple(part[:13] for part in batch()), tuple(part[13:] for part in batch())]
+    line = loss_line(first, data, F.cross_entropy, to=second, batch_norm="reestimate", points=3)
+    for t, value in zip(line.positions, line.losses, strict=True):
+        moved = plain(0)
+        with torch.no_grad():
+            for parameter, end in zip(moved.parameters(), second.parameters(), strict=True):
+                parameter.copy_((1 - t) * parameter + t * end)
+            convolved = [moved[0](part) for part, _ in data]
+            means = [part.mean(dim=(0, 2, 3)) for part in convolved]
+            variances = [part.var(dim=(0, 2, 3)) for part in convolved]
+            moved[1].running_mean.copy_((13 * means[0] + 7 * means[1]) / 20)
+            moved[1].running_var.copy_((13 * variances[0] + 7 * variances[1]) / 20)
+        assert value == pytest.approx(loss_at(moved), rel=1e-12)
+
+
+def test_reestimating_without_any_statistics_changes_nothing():
+    model = working_copy(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reestimate_statistics(model, Batches((torch.randn(4, 3), torch.zeros(4)), model))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_network_that_diverges_in_between_is_shown_as_it_is():
+    line = LossLine((0.0, 0.5, 1.0), (1.0, math.nan, 1.0), "of the way", True, 1, 1)
+    assert line.barrier == math.inf
+
+    def broken(outputs, targets):
+        value = F.cross_entropy(outputs, targets)
+        return value * math.nan if value > 1e3 else value
+
+    direction = {"6.bias": torch.tensor([1.0, 0, 0]).double()}
+    far = loss_line(plain(), batch(), broken, direction=direction, radius=1e5, points=3)
+    assert math.isnan(far.losses[0])
+    assert far.rise == math.inf
+
+
+# ----------------------------------------------------------------------------------------------------
+# Planes
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_a_plane_stays_in_the_mask_and_is_the_same_in_every_form(form):
+    model, reference = masked(form), masked("buffers")
+    plane = loss_plane(model, batch(), F.cross_entropy, points=3, generator=torch.Generator().manual_seed(3))
+    again = loss_plane(
+        reference, batch(), F.cross_entropy, points=3, generator=torch.Generator().manual_seed(3)
+    )
+    for row, other in zip(plane.losses, again.losses, strict=True):
+        assert row == pytest.approx(other, rel=1e-12)
+    assert plane.center == pytest.approx(loss_at(reference), rel=1e-12)
+    assert plane.unit == "norms of each filter"
+    assert abs(plane.cosine) < 0.9
+
+
+def directions_of(monkeypatch, model, **options):
+    """The states that a plane puts the network at."""
+    from sparsetweaks.analysis import landscape
+
+    seen = []
+    real = landscape._Terrain.losses
+
+    def watching(self, states, count, progress):
+        states = list(states)
+        seen.extend(states)
+        return real(self, states, count, progress)
+
+    monkeypatch.setattr(landscape._Terrain, "losses", watching)
+    plane = loss_plane(model, batch(), F.cross_entropy, points=3, **options)
+    center = seen[4]
+    return plane, [{name: seen[number][name] - center[name] for name in center} for number in (5, 7)], center
+
+
+def test_random_directions_have_the_filters_norms(monkeypatch):
+    model = masked()
+    plane, directions, center = directions_of(monkeypatch, model)
+    for direction in directions:
+        for name in ("0.weight", "4.weight", "6.weight"):
+            for part, weight in zip(direction[name], center[name], strict=True):
+                assert part.norm().item() == pytest.approx(weight.norm().item(), rel=1e-9)
+        for name, mask in masks_of(0).items():
+            assert direction[name][~mask].abs().max() == 0
+            assert direction[name][mask].abs().min() > 0
+        for name in ("1.weight", "1.bias", "4.bias", "6.bias"):
+            assert direction[name].abs().max() == 0
+    dot = sum((directions[0][n] * directions[1][n]).sum() for n in center)
+    norms = [math.sqrt(sum(d.square().sum() for d in each.values())) for each in directions]
+    assert plane.cosine == pytest.approx(dot.item() / math.prod(norms), rel=1e-6)
+    for y, row in zip(plane.ys, plane.losses, strict=True):
+        for x, value in zip(plane.xs, row, strict=True):
+            expected = loss_at(
+                model,
+                lambda n, w: w + x * directions[0][n] + y * directions[1][n],  # noqa: B023
+            )
+            assert value == pytest.approx(expected, rel=1e-9)
+
+
+def test_random_directions_by_option(monkeypatch):
+    model = masked()
+    _, (first, _), center = directions_of(
+        monkeypatch, model, one_dimensional=True, over="all", where=["0", "1"]
+    )
+    assert first["1.bias"].norm() == pytest.approx(center["1.bias"].norm().item(), abs=1e-12)
+    assert first["1.weight"].norm() == pytest.approx(center["1.weight"].norm().item())
+    assert first["6.weight"].abs().max() == 0
+    mask = masks_of(0)["0.weight"]
+    assert first["0.weight"][~mask].abs().min() > 0
+    _, (first, _), _ = directions_of(monkeypatch, model, scale="plain")
+    assert sum(part.square().sum() for part in first.values()).item() == pytest.approx(1)
+
+
+def test_a_plane_of_given_directions():
+    model = masked()
+    top = hessian_top_eigenvalues(model, batch(), F.cross_entropy, k=2)
+    plane = loss_plane(
+        model, batch(), F.cross_entropy, directions=top.vectors, scale="plain", radius=0.2, points=3
+    )
+    expected = loss_at(model, lambda n, w: w + 0.2 * top.vectors[0][n] - 0.2 * top.vectors[1][n])
+    assert plane.losses[0][2] == pytest.approx(expected, rel=1e-12)
+    assert plane.cosine == pytest.approx(0, abs=1e-6)
+    assert plane.rise == max(map(max, plane.losses)) - plane.center
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize("directions", ["random", "gradient"])
+def test_an_input_plane(directions, chunk_size):
+    model = masked()
+    plane = input_loss_plane(
+        model,
+        batch(),
+        F.cross_entropy,
+        directions=directions,
+        radius=0.4,
+        points=3,
+        chunk_size=chunk_size,
+        generator=torch.Generator().manual_seed(1),
+    )
+    generator = torch.Generator().manual_seed(1)
+    inputs, targets = batch()
+    firsts, seconds = [], []
+    network = copy_model(model).eval()
+    for part, labels in zip(inputs.split(chunk_size or 20), targets.split(chunk_size or 20), strict=True):
+        if directions == "gradient":
+            leaf = part.clone().requires_grad_()
+            F.cross_entropy(network(leaf), labels).backward()
+            firsts.append(leaf.grad.sign())
+            seconds.append(
+                torch.randint(2, (part.numel(),), generator=generator).reshape(part.shape) * 2.0 - 1
+            )
+            continue
+        one, two = (
+            torch.randn(part.numel(), generator=generator, dtype=torch.float64).reshape(part.shape)
+            for _ in range(2)
+        )
+        for number in range(len(part)):
+            basis, _ = torch.linalg.qr(torch.stack([one[number].reshape(-1), two[number].reshape(-1)], dim=1))
+            signs = torch.sign(
+                (basis * torch.stack([one[number].reshape(-1), two[number].reshape(-1)], 1)).sum(0)
+            )
+            firsts.append((5 * signs[0] * basis[:, 0]).reshape(1, 1, 5, 5))  # the root of 25 elements
+            seconds.append((5 * signs[1] * basis[:, 1]).reshape(1, 1, 5, 5))
+    first, second = torch.cat(firsts), torch.cat(seconds)
+    for y, row in zip(plane.ys, plane.losses, strict=True):
+        for x, value in zip(plane.xs, row, strict=True):
+            moved = inputs + x * first + y * second
+            assert value == pytest.approx(F.cross_entropy(network(moved), targets).item(), rel=1e-9)
+    if directions == "random":
+        assert plane.cosine == pytest.approx(0, abs=1e-12)
+    else:
+        assert plane.losses[1][2] > plane.center > plane.losses[1][0]
+
+
+# ----------------------------------------------------------------------------------------------------
+# What they share
+
+
+def every(model, data, loss=F.cross_entropy, **options):
+    loss_line(model, data, loss, direction={"6.bias": torch.ones(3)}, points=3, **options)
+    loss_line(model, data, loss, to=model, points=3, **options)
+    loss_plane(model, data, loss, points=3, **options)
+    if options.get("batch_norm") != "reestimate":
+        input_loss_plane(model, data, loss, points=3, directions="gradient", **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_model_and_the_random_state_are_untouched_also_on_raise(form):
+    model = masked(form)
+    model.train()
+    model(batch()[0].clone()).sum().backward()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    given = batch()
+
+    def losing(outputs, targets):
+        raise KeyboardInterrupt
+
+    for batch_norm in ("eval", "train", "reestimate"):
+        every(model, given, batch_norm=batch_norm)
+        with pytest.raises(KeyboardInterrupt):
+            every(model, given, losing, batch_norm=batch_norm)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(given[0], batch()[0])
+
+
+def test_uneven_batches_chunks_and_precision_agree():
+    model, (inputs, targets) = masked(), batch()
+    whole = loss_plane(model, (inputs, targets), F.cross_entropy, points=3)
+    cut = loss_plane(
+        model, [(inputs[:3], targets[:3]), (inputs[3:], targets[3:])], F.cross_entropy, points=3, chunk_size=4
+    )
+    single = loss_plane(model, (inputs, targets), F.cross_entropy, points=3, dtype=torch.float32)
+    for row, other, rough in zip(whole.losses, cut.losses, single.losses, strict=True):
+        assert other == pytest.approx(row, rel=1e-12)
+        assert rough == pytest.approx(row, rel=1e-5)
+        assert rough != row
+    calls = []
+    loss_plane(model, batch(), F.cross_entropy, points=3, progress=lambda *call: calls.append(call))
+    assert calls == [(number, 9) for number in range(1, 10)]
+
+
+def test_an_error_rate_will_do_for_a_loss():
+    def wrong(outputs, targets):
+        return (outputs.argmax(1) != targets).float().mean()
+
+    line = loss_line(masked(), batch(), wrong, to=masked(seed=1), points=3)
+    assert all(
+        0 <= value <= 1 and (value * 20) == pytest.approx(round(value * 20), abs=1e-5)
+        for value in line.losses
+    )
+    with pytest.raises(ValueError, match="no gradient with respect to the inputs"):
+        input_loss_plane(masked(), batch(), wrong, directions="gradient")
+
+
+def test_results_print_plot_and_turn_into_tables():
+    model = masked()
+    results = [
+        loss_line(model, batch(), F.cross_entropy, to=masked(seed=1), points=3),
+        loss_line(model, batch(), F.cross_entropy, direction={"6.bias": torch.ones(3)}, points=3),
+        loss_plane(model, batch(), F.cross_entropy, points=3),
+        input_loss_plane(model, batch(), F.cross_entropy, points=3),
+        loss_plane(model, batch(), lambda outputs, targets: 0 * outputs.sum(), points=3),  # flat
+    ]
+    for result in results:
+        figure = result.plot()
+        picture = io.BytesIO()
+        figure.savefig(picture)
+        assert picture.tell() > 0
+        assert result.unit in figure.axes[0].get_xlabel()
+        assert figure.axes[0].get_ylabel()
+        assert result.unit in str(result)
+    assert len(results[0].table()) == 3
+    assert len(results[2].table()) == 9
+    assert "barrier" in str(results[0])
+    assert "matplotlib.pyplot" not in sys.modules
+    results[2].plot(logarithmic=True).savefig(io.BytesIO())
+    with pytest.raises(ValueError, match="no logarithm"):
+        results[4].plot(logarithmic=True)
+
+
+GIVEN = {"6.bias": torch.ones(3)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either a direction"),
+        ({"direction": GIVEN, "to": nn.Linear(1, 1)}, "either a direction"),
+        ({"to": nn.Linear(1, 1)}, "different architectures"),
+        ({"to": nn.Linear(1, 1), "radius": 1.0}, "radius and scale belong"),
+        ({"to": nn.Linear(1, 1), "points": 1}, "at least 2"),
+        ({"direction": GIVEN, "masks": "intersection"}, "masks= is about two networks"),
+        ({"direction": GIVEN, "masks": "both"}, "'union' or 'intersection'"),
+        ({"direction": GIVEN, "scale": "layer"}, "'plain' .* or 'filter'"),
+        ({"direction": GIVEN, "points": 4}, "odd number"),
+        ({"direction": GIVEN, "radius": -1.0}, "radius must be positive"),
+        ({"direction": GIVEN, "batch_norm": "none"}, "'eval', 'train' or 'reestimate'"),
+        ({"direction": GIVEN, "batch_norm": "train", "chunk_size": 3}, "chunk_size cuts batches"),
+        ({"direction": {"7.bias": torch.ones(3)}}, "'7.bias', which is no parameter"),
+        ({"direction": {"6.bias": torch.ones(2)}}, r"has shape \(2,\) at '6.bias'"),
+        ({"direction": {"6.bias": torch.full((3,), math.nan)}}, "not finite at '6.bias'"),
+        ({"direction": {}}, "a direction is a dict"),
+    ],
+)
+def test_wrong_lines(options, message):
+    with pytest.raises(ValueError, match=message):
+        loss_line(masked(), batch(), F.cross_entropy, **options)
+
+
+def test_wrong_planes_and_data():
+    model, data = masked(), batch()
+    wider = plain()
+    wider[6] = nn.Linear(8, 4).double()
+    with pytest.raises(ValueError, match=r"'6\.bias' has shape"):
+        loss_line(model, data, F.cross_entropy, to=wider)
+    with pytest.raises(ValueError, match="'kept' or 'all'"):
+        loss_plane(model, data, F.cross_entropy, over="both")
+    with pytest.raises(ValueError, match="about random directions"):
+        loss_plane(model, data, F.cross_entropy, directions=(GIVEN, GIVEN), where="6")
+    with pytest.raises(ValueError, match="one_dimensional=True"):
+        loss_plane(model, data, F.cross_entropy, where="6.bias")
+    with pytest.raises(ValueError, match="no batch"):
+        loss_plane(model, [], F.cross_entropy)
+    with pytest.raises(ValueError, match="must be a scalar"):
+        loss_plane(model, data, lambda o, t: F.cross_entropy(o, t, reduction="none"))
+    with pytest.raises(ValueError, match="the loss of the given network is nan"):
+        loss_plane(model, data, lambda o, t: F.cross_entropy(o, t) * math.nan)
+    with pytest.raises(ValueError, match="one pair"):
+        input_loss_plane(model, [data], F.cross_entropy)
+    with pytest.raises(ValueError, match="one floating-point tensor"):
+        input_loss_plane(model, (data[0].long(), data[1]), F.cross_entropy)
+    with pytest.raises(ValueError, match="at least 2 elements"):
+        input_loss_plane(nn.Linear(1, 3), (torch.randn(4, 1), data[1][:4]), F.cross_entropy)
+    with pytest.raises(ValueError, match="'random' or 'gradient'"):
+        input_loss_plane(model, data, F.cross_entropy, directions="pca")
+    with pytest.raises(ValueError, match="'eval' or 'train'"):
+        input_loss_plane(model, data, F.cross_entropy, batch_norm="reestimate")
+    with pytest.raises(ValueError, match="given network is inf"):
+        input_loss_plane(model, data, lambda o, t: F.cross_entropy(o, t) + math.inf)
+    empty = apply_masks(nn.Linear(3, 2, bias=False), {"weight": torch.zeros(2, 3, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="is pruned"):
+        loss_plane(empty, (torch.randn(4, 3), torch.zeros(4).long()), F.cross_entropy)

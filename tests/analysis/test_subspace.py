@@ -1,0 +1,86 @@
+"""The flat vectors: what belongs to them in every form of mask, and what stays out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.ao.pruning.sparsifier.utils import FakeSparsity
+from torch.nn.utils import parametrize, prune
+
+from sparsetweaks.analysis.subspace import named_weights, subspace
+from sparsetweaks.copying import copy_model
+from sparsetweaks.masks import apply_masks, find_masks, lift_masks
+
+MASK = torch.tensor([[True, False, True], [False, False, True]])
+
+
+def network(form: str) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))
+    if form == "buffers":
+        return apply_masks(model, {"0.weight": MASK})
+    if form == "torch.nn.utils.prune":
+        prune.custom_from_mask(model[0], "weight", MASK)
+    if form == "parametrization":
+        parametrize.register_parametrization(model[0], "weight", FakeSparsity(MASK))
+    return model
+
+
+FORMS = ["buffers", "torch.nn.utils.prune", "parametrization"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_lifted_masks_compute_the_same_and_let_every_weight_move(form):
+    model = network(form)
+    inputs = torch.randn(4, 3)
+    before = model(inputs)
+    lifted = copy_model(model)
+    (mask,) = lift_masks(lifted).values()
+    assert torch.equal(mask, MASK)
+    assert torch.equal(lifted(inputs), before)
+    lifted(inputs).sum().backward()
+    assert named_weights(lifted)["0.weight"].grad[~MASK].abs().min() > 0
+    assert torch.equal(find_masks(model)["0.weight"], MASK)  # the given one keeps its own
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pruned_weights_are_no_coordinate(form):
+    model = network(form)
+    masks = lift_masks(model)
+    space = subspace(model, masks)
+    assert list(space.parameters) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    assert space.dimension == 3 + 2 + 4 + 2
+    assert subspace(model, masks, over="all").dimension == 6 + 2 + 4 + 2
+    flat = torch.arange(1.0, 12)
+    tensors = space.tensors(flat)
+    assert tensors[1].tolist() == [[3, 0, 4], [0, 0, 5]]
+    assert torch.equal(space.flat(tensors), flat)
+
+
+def test_frozen_weights_stay_out_and_patterns_choose():
+    model = network("buffers")
+    model[2].bias.requires_grad_(False)
+    masks = lift_masks(model)
+    assert list(subspace(model, masks, where="2").parameters) == ["2.weight"]
+    assert list(subspace(model, masks, where=["*.bias", "2.*"]).parameters) == ["0.bias", "2.weight"]
+    with pytest.raises(ValueError, match=r"no trainable parameter; close: '0\.bias'"):
+        subspace(model, masks, where="0.bia")
+    with pytest.raises(ValueError, match="no trainable parameter: all are frozen"):
+        subspace(model.requires_grad_(False), masks)
+
+
+def test_nothing_left_to_move():
+    model = apply_masks(nn.Linear(3, 2, bias=False), {"weight": torch.zeros(2, 3, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="pruned"):
+        subspace(model, lift_masks(model))
+
+
+def test_a_tied_weight_is_one_coordinate_and_other_memory_formats_round_trip():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(2, 3, 3)).to(memory_format=torch.channels_last)
+    model[1].weight = model[0].weight
+    model = apply_masks(model, {"0.weight": torch.rand(3, 2, 3, 3) > 0.5})
+    space = subspace(model, lift_masks(model))
+    assert list(space.parameters) == ["0.bias", "0.weight", "1.bias"]
+    weights = [parameter.detach() for parameter in space.parameters.values()]
+    for tensor, weight in zip(space.tensors(space.flat(weights)), weights, strict=True):
+        assert torch.equal(tensor, weight)
