@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparsetweaks"
 FLOORS = (
-    ["errors", "copying", "sparse_file", "surgery.kinds", "surgery.programs"],
+    ["errors", "copying", "selection", "sparse_file", "surgery.kinds", "surgery.programs"],
     ["surgery.tracing", "surgery.dataflow"],
     ["surgery.scopes", "surgery.units"],
     ["prunable", "surgery.sites", "testing"],
