@@ -122,7 +122,7 @@ def _count_kept(masks: Iterable[Tensor], sparsity: float, of: Of, where: str) ->
     """How many weights a fraction leaves, of those in `masks`."""
     masks = list(masks)
     total = sum(mask.numel() for mask in masks)
-    left = sum(int(mask.sum()) for mask in masks)
+    left = sum(int(torch.count_nonzero(mask)) for mask in masks)
     if of == "remaining":
         return left - round(sparsity * left)
     kept = total - round(sparsity * total)

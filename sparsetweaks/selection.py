@@ -49,6 +49,8 @@ def keep_highest_globally(
     count = sum(part.left for part in parts.values()) - kept
     assert kept >= 0 and count >= 0
     if count == 0:
+        for part in parts.values():
+            part.check_order()
         return {name: mask.clone() for name, mask in masks.items()}
     value, drop, ties = _cut(list(parts.values()), count)
     narrowed = {}
@@ -89,13 +91,16 @@ def _cut(parts: Sequence[_Part], count: int) -> tuple[float, int, int]:
         above, between = sum(counts), torch.cat(found)
         rank = count - (total - above)  # among those above the low end
         if 1 <= rank <= len(between):
-            value = between.kthvalue(rank).values
-            return value.item(), rank - int((between < value).sum()), int((between == value).sum())
-        end = low if rank < 1 else high  # is it the end of the bracket itself?
-        ties = sum(part.count_ties(end) for part in parts)
-        rank = rank + ties if rank < 1 else rank - len(between)
+            value = between.kthvalue(rank).values.item()
+            return value, rank - int((between < value).sum()), int((between == value).sum())
+        if rank < 1:  # the low end itself, or below it
+            value, ties = low, sum(part.count_ties(low) for part in parts)
+            rank += ties
+        else:  # the high end itself, or above it
+            value, ties = high, sum(part.count_ties(high) for part in parts) if high > low else 0
+            rank -= len(between)
         if 1 <= rank <= ties:
-            return end, rank, ties
+            return value, rank, ties
     raise AssertionError("the widest bracket holds every score")
 
 
@@ -139,7 +144,7 @@ class _Part:
     """
 
     def __init__(self, name: str, scores: Tensor, mask: Tensor, absolute: bool, rooms: _Rooms) -> None:
-        self._scores, self._mask = scores.detach().to(mask.device), mask
+        self._name, self._scores, self._mask = name, scores.detach().to(mask.device), mask
         self._absolute, self._exact = absolute, rooms.dtype
         piece = _PIECE if mask.device.type == "cpu" else _ACCELERATOR_PIECE
         self._piece = min(piece, max(mask.numel(), 1))
@@ -148,9 +153,13 @@ class _Part:
         self._flat = self._scores.permute(self._order).reshape(-1)
         self.left = int(torch.count_nonzero(mask))
         self._flat_mask = None if self.left == mask.numel() else mask.permute(self._order).reshape(-1)
-        if self._flat.sum().isnan() and self._holds_nan():  # infinities of both signs make a NaN as well
+
+    def check_order(self) -> None:
+        """Raise if anything that is ranked is NaN."""
+        ranked = (values if kept is None else values[kept] for values, kept in self._pieces())
+        if any(bool(values.isnan().any()) for values in ranked):
             raise ValueError(
-                f"{name!r} has scores that are NaN (diverged weights?): there is no order to prune by"
+                f"{self._name!r} has scores that are NaN (diverged weights?): there is no order to prune by"
             )
 
     def sample(self, count: int) -> Tensor:
@@ -165,14 +174,17 @@ class _Part:
 
     def between(self, low: float, high: float) -> tuple[int, Tensor]:
         """How many of what is ranked are above `low`, and those of them that are below `high`, on the CPU."""
-        counts, found = [], []
+        counts, found, total = [], [], torch.zeros((), dtype=self._exact, device=self._mask.device)
         for values, kept in self._pieces():
+            total += values.sum()
             above = torch.gt(values, low, out=self._rooms[1, : len(values)])
             if kept is not None:
                 above.mul_(kept)
             counts.append(above.sum().long())
             within = torch.lt(values, high, out=self._rooms[2, : len(values)]).mul_(above)
             found.append(_picked(values, within.bool()))
+        if total.isnan():  # or it adds up infinities of both signs, or adds what the mask prunes
+            self.check_order()
         return sum(map(int, counts)), torch.cat(found).cpu()
 
     def above(self, value: float, *, ties_too: bool) -> Tensor:
@@ -222,7 +234,3 @@ class _Part:
     def _ranked_at(self, places: Tensor) -> Tensor:
         scores = self._flat[places]
         return self._ranked(scores, torch.empty_like(scores, dtype=self._exact)).cpu()
-
-    def _holds_nan(self) -> bool:
-        ranked = (values if kept is None else values[kept] for values, kept in self._pieces())
-        return any(bool(values.isnan().any()) for values in ranked)
