@@ -1,5 +1,6 @@
 """Spend sparse networks better after drawing them: tweaks for any model and any mask."""
 
+from sparsetweaks.budgets import match_budget
 from sparsetweaks.copying import copy_model
 from sparsetweaks.cost import cost
 from sparsetweaks.errors import NoEffectWarning, SurgeryError
@@ -32,6 +33,7 @@ __all__ = [
     "keep_masks",
     "learn_layer_scales",
     "load_sparse",
+    "match_budget",
     "prunable_weights",
     "prune",
     "remove_masks",
