@@ -35,8 +35,8 @@ def remove_masks(model: Model) -> Model:
     """Return an ordinary copy of `model`: its masks made permanent and gone, the pruned weights exactly zero.
 
     All forms of masks go: our buffers, `torch.nn.utils.prune`'s `weight_orig` and hooks, mask parametrizations.
-    What is left has the `state_dict` keys, in their order, and the outputs of a model that never was masked. Nothing
-    holds the zeros any more if it is trained on.
+    What is left has the `state_dict` keys and the outputs of a model that never was masked. Nothing holds the zeros any
+    more if it is trained on.
 
     Args:
         model: any module, masked or not. It is not changed.
@@ -60,21 +60,45 @@ def remove_masks(model: Model) -> Model:
 
 @torch.no_grad()
 def _make_permanent(module: nn.Module, attribute: str, mask: Tensor) -> None:
+    """Turn `module.<attribute>`, masked in whatever form, into a plain parameter that holds the zeros."""
+    parameter = module._parameters.get(attribute)
     if parametrize.is_parametrized(module, attribute):
-        original = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
-        original.masked_fill_(~mask, 0)  # type: ignore[union-attr, operator]
-        parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
-        return
-    del module._buffers[attribute + "_mask"]
-    if attribute + "_orig" in module._parameters:  # torch.nn.utils.prune
-        vars(module).pop(attribute, None)
+        value = getattr(module, attribute).detach().clone()
+        parameter = _unparametrized(module, attribute)
+        parameter.data = value
+    else:
+        del module._buffers[attribute + "_mask"]
+        vars(module).pop(attribute, None)  # what torch.nn.utils.prune computed at the last forward
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == attribute:
                 del module._forward_pre_hooks[key]
-        for name in list(module._parameters):  # renamed in its place, so that the order is the original's
-            parameter = module._parameters.pop(name)
-            module.register_parameter(attribute if name == attribute + "_orig" else name, parameter)
-    module._parameters[attribute].masked_fill_(~mask.to(module._parameters[attribute].device), 0)  # type: ignore[union-attr]
+        if parameter is None:
+            parameter = module._parameters.pop(attribute + "_orig")
+    assert parameter is not None
+    if attribute not in module._parameters:
+        module._parameters = {attribute: parameter, **module._parameters}  # first, as most layers have it
+    parameter.masked_fill_(~mask.to(parameter.device), 0)
+
+
+def _unparametrized(module: nn.Module, attribute: str) -> nn.Parameter:
+    """Take the parametrization off, and return what it was of.
+
+    Not by torch's own `remove_parametrizations`: that takes the attribute from the class, which copies share, and so
+    would break the model that was copied.
+    """
+    every = module.parametrizations
+    assert isinstance(every, nn.ModuleDict)
+    original = every[attribute].original
+    del every[attribute]
+    dynamic = type(module)
+    if every:
+        rest = {k: v for k, v in vars(dynamic).items() if k not in (attribute, "__dict__", "__weakref__")}
+        module.__class__ = type(dynamic.__name__, dynamic.__bases__, rest)
+    else:
+        del module.parametrizations
+        module.__class__ = dynamic.__bases__[0]
+    assert isinstance(original, nn.Parameter)
+    return original
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -114,6 +114,14 @@ def test_a_sample_that_misleads_costs_time_only(data):
     assert_equal(found, by_sorting(scores, masks, kept, absolute=False))
 
 
+def test_a_bracket_that_is_one_value_below_the_cut(monkeypatch):
+    brackets = iter([(1.0, 1.0), (-INFINITY, INFINITY)])
+    monkeypatch.setattr(selection, "_bracket", lambda *_: next(brackets))
+    scores = {"a": torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0])}
+    found = keep_highest_globally(scores, {"a": torch.ones(5, dtype=torch.bool)}, 1)
+    assert found["a"].tolist() == [False, False, False, True, False]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sparsity", [0.001, 0.5, 0.95])
 def test_half_a_million_weights_against_a_sort(dtype, sparsity):
