@@ -2,10 +2,11 @@
 
 The score that parts the kept from the pruned is a quantile of all scores together. A sort, or the k-th value of all,
 would take many times the memory of the weights and most of the time. Here a random sample brackets the quantile between
-two values that are close (Floyd and Rivest, Expected time bounds for selection, 1975); one pass over the scores counts
-those above the bracket and collects the one or two in a hundred within it, among which the exact one is found; another
-pass writes the masks. Should the sample mislead, the bracket is widened and the pass made again: luck decides the time,
-never the result. The passes go piece by piece, each small enough for a CPU's cache, and no copy of the scores is made.
+two values that are close (Floyd and Rivest, Expected time bounds for selection, 1975). One pass over the scores marks
+and counts those above the bracket, and collects the one or two in a hundred within it. Among these the exact one is
+found, and those below it lose their marks. Should the sample mislead, the bracket is widened and the pass made again:
+luck decides the time, never the result. The pass goes piece by piece, each small enough for a CPU's cache, and no copy
+of the scores is made.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 17  # half a megabyte of float32: it and what is computed of it stay in the cache
+_PIECE = 1 << 18  # a megabyte of float32: it and what is computed of it stay in the cache, and calls are few
 _ACCELERATOR_PIECE = 1 << 24  # fills a GPU; and as many ones still add up exactly in float32
 _SAMPLE = 1 << 15
 _WORD = 8  # bools that are looked at together
@@ -114,12 +115,13 @@ def _bracket(sample: Tensor, quantile: float, margin: float) -> tuple[float, flo
     return low, high
 
 
-def _picked(values: Tensor, where: Tensor) -> Tensor:
-    """`values[where]`, in a fraction of its time where few are picked: words of eight bools are searched first."""
-    end = len(values) // _WORD * _WORD
+def _places(where: Tensor) -> Tensor:
+    """`where.nonzero()`, in a fraction of its time where few are True: words of eight bools are searched first."""
+    end = len(where) // _WORD * _WORD
     words = where[:end].view(torch.int64).nonzero().view(-1)
-    picked = values[:end].view(-1, _WORD)[words][where[:end].view(-1, _WORD)[words]]
-    return picked if end == len(values) else torch.cat([picked, values[end:][where[end:]]])
+    rows, columns = where[:end].view(-1, _WORD)[words].nonzero(as_tuple=True)
+    places = words[rows] * _WORD + columns
+    return places if end == len(where) else torch.cat([places, where[end:].nonzero().view(-1) + end])
 
 
 class _Rooms:
@@ -152,11 +154,12 @@ class _Part:
         self._order = sorted(range(mask.ndim), key=self._scores.stride, reverse=True)
         self._flat = self._scores.permute(self._order).reshape(-1)
         self.left = int(torch.count_nonzero(mask))
+        self._above = torch.empty(mask.numel(), dtype=torch.bool, device=mask.device)
         self._flat_mask = None if self.left == mask.numel() else mask.permute(self._order).reshape(-1)
 
     def check_order(self) -> None:
         """Raise if anything that is ranked is NaN."""
-        ranked = (values if kept is None else values[kept] for values, kept in self._pieces())
+        ranked = (values if kept is None else values[kept] for _, values, kept in self._pieces())
         if any(bool(values.isnan().any()) for values in ranked):
             raise ValueError(
                 f"{self._name!r} has scores that are NaN (diverged weights?): there is no order to prune by"
@@ -174,33 +177,41 @@ class _Part:
 
     def between(self, low: float, high: float) -> tuple[int, Tensor]:
         """How many of what is ranked are above `low`, and those of them that are below `high`, on the CPU."""
-        counts, found, total = [], [], torch.zeros((), dtype=self._exact, device=self._mask.device)
-        for values, kept in self._pieces():
+        count = torch.zeros((), dtype=torch.int64, device=self._mask.device)
+        total = torch.zeros((), dtype=self._exact, device=self._mask.device)
+        found, places = [], []
+        for start, values, kept in self._pieces():
             total += values.sum()
             above = torch.gt(values, low, out=self._rooms[1, : len(values)])
             if kept is not None:
                 above.mul_(kept)
-            counts.append(above.sum().long())
-            within = torch.lt(values, high, out=self._rooms[2, : len(values)]).mul_(above)
-            found.append(_picked(values, within.bool()))
+            count += above.sum().long()
+            self._above[start : start + len(values)].copy_(above)
+            within = torch.lt(values, high, out=self._rooms[2, : len(values)]).mul_(above).bool()
+            here = _places(within)
+            found.append(values[here])
+            places.append(here + start)
         if total.isnan():  # or it adds up infinities of both signs, or adds what the mask prunes
             self.check_order()
-        return sum(map(int, counts)), torch.cat(found).cpu()
+        self._bracket, self._found, self._found_at = (low, high), torch.cat(found), torch.cat(places)
+        return int(count), self._found.cpu()
 
     def above(self, value: float, *, ties_too: bool) -> Tensor:
         """The mask of what is ranked and above a value, or at it."""
-        flat = torch.empty(self._mask.numel(), dtype=torch.bool, device=self._mask.device)
-        for (values, kept), above in zip(self._pieces(), flat.split(self._piece), strict=True):
-            above.copy_(values.ge_(value) if ties_too else values.gt_(value))
-            if kept is not None:
-                above.logical_and_(kept)
+        if self._bracket[0] < value < self._bracket[1]:  # then it is there already, but for what was between
+            below = self._found < value if ties_too else self._found <= value
+            self._above[self._found_at[below]] = False
+        else:
+            for start, values, kept in self._pieces():
+                above = values.ge_(value) if ties_too else values.gt_(value)
+                self._above[start : start + len(values)].copy_(above if kept is None else above.mul_(kept))
         inverse = sorted(range(self._mask.ndim), key=self._order.__getitem__)
-        return flat.view([self._mask.shape[d] for d in self._order]).permute(inverse)
+        return self._above.view([self._mask.shape[d] for d in self._order]).permute(inverse)
 
     def count_ties(self, value: float) -> int:
         """How many of what is ranked equal a value."""
         count = 0
-        for values, kept in self._pieces():
+        for _, values, kept in self._pieces():
             ties = values.eq_(value)
             count += int((ties if kept is None else ties.mul_(kept)).sum())
         return count
@@ -217,11 +228,12 @@ class _Part:
         above &= ~dropped.view(above.shape)
         return found
 
-    def _pieces(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Piece by piece: values, in room that the next ones take, and the mask, unless it keeps all."""
+    def _pieces(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Piece by piece: its start; values, in room that the next ones take; the mask, unless it keeps all."""
         masks = itertools.repeat(None) if self._flat_mask is None else self._flat_mask.split(self._piece)
-        for scores, mask in zip(self._flat.split(self._piece), masks):
-            yield self._ranked(scores, self._rooms[0]), mask
+        starts = itertools.count(0, self._piece)
+        for start, scores, mask in zip(starts, self._flat.split(self._piece), masks):
+            yield start, self._ranked(scores, self._rooms[0]), mask
 
     def _ranked(self, scores: Tensor, room: Tensor) -> Tensor:
         """Scores as they compare, in the precision of all of them."""
