@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 _PIECE = 1 << 18  # a megabyte of float32: it and what is computed of it stay in the cache, and calls are few
-_ACCELERATOR_PIECE = 1 << 24  # fills a GPU; and as many ones still add up exactly in float32
+_ACCELERATOR_PIECE = 1 << 21  # fills a GPU; and as many ones add up exactly in float32
 _SAMPLE = 1 << 15
 _WORD = 8  # bools that are looked at together
 _MARGINS = (4.0, 16.0, 64.0, math.inf)  # of the bracket, in standard deviations of a rank in the sample

@@ -37,7 +37,7 @@ def network() -> nn.Sequential:
     return model
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.floats(0, 0.9), st.data())
 def test_the_number_is_exact_masks_shrink_and_the_smallest_go(sparsity, data):
     ticket = sw.prune(network(), sparsity)
