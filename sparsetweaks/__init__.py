@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from sparsetweaks.budgets import match_budget
 from sparsetweaks.converting import convert_masks
 from sparsetweaks.copying import copy_model
 from sparsetweaks.cost import cost
@@ -46,6 +47,7 @@ __all__ = [
     "keep_masks",
     "learn_layer_scales",
     "load_sparse",
+    "match_budget",
     "prunable_weights",
     "prune",
     "remove_ghosts",

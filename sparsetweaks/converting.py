@@ -219,7 +219,12 @@ def _take_off_torch_prune(module: nn.Module, attribute: str) -> None:
     vars(module).pop(attribute, None)
     del module._buffers[attribute + "_mask"]
     parameter = module._parameters[attribute + "_orig"]
-    _reorder(module, (attribute if key == attribute + "_orig" else key for key in module._parameters))
+    keys = [attribute if key == attribute + "_orig" else key for key in module._parameters]
+    bias = attribute.replace("weight", "bias")
+    if bias in keys and keys.index(bias) < keys.index(attribute):  # torch put what it masked last
+        keys.remove(attribute)
+        keys.insert(keys.index(bias), attribute)
+    _reorder(module, keys)
     setattr(module, attribute, parameter)  # as torch's own `remove` does: recurrent layers listen
 
 

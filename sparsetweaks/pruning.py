@@ -1,4 +1,4 @@
-"""Pruning: scores say which weights matter, budgets say how many each layer keeps, masks keep the best.
+"""Pruning: scores say which weights matter, budgets say how many each layer keeps, a selection keeps the best.
 
 The three are separate on purpose. A new criterion is a new function to scores, a new allocation a new
 function to budgets, and every pair of them goes together.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsetweaks.masks import apply_masks, masks_by_parameter
 from sparsetweaks.prunable import Selection, prunable_weights
+from sparsetweaks.selection import keep_highest_globally, keep_highest_per_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -85,26 +86,22 @@ def prune(
     already = masks_by_parameter(model)
     masks = {name: already.get(w, torch.ones_like(w, dtype=torch.bool)) for name, w in weights.items()}
 
-    scores = magnitude_scores(weights) if method == "magnitude" else random_scores(weights, generator)
+    absolute = method == "magnitude"  # ranked by absolute value, without a copy of them
+    scores = weights if absolute else random_scores(weights, generator)
     if scope == "global":
         kept = _count_kept(masks.values(), sparsity, of, "the model")
-        new = keep_highest_globally(scores, masks, kept)
+        new = keep_highest_globally(scores, masks, kept, absolute=absolute)
     else:
         if scope == "layer":
             budgets = {name: _count_kept([mask], sparsity, of, repr(name)) for name, mask in masks.items()}
         else:
             budgets = erk_budgets(masks, _count_kept(masks.values(), sparsity, of, "the model"))
-        new = keep_highest_per_layer(scores, masks, budgets)
+        new = keep_highest_per_layer(scores, masks, budgets, absolute=absolute)
     return apply_masks(model, new)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Scores: a tensor per weight, higher = more important
-
-
-def magnitude_scores(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Score each weight by its absolute value."""
-    return {name: weight.detach().abs() for name, weight in weights.items()}
 
 
 def random_scores(weights: Mapping[str, Tensor], generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -125,7 +122,7 @@ def _count_kept(masks: Iterable[Tensor], sparsity: float, of: Of, where: str) ->
     """How many weights a fraction leaves, of those in `masks`."""
     masks = list(masks)
     total = sum(mask.numel() for mask in masks)
-    left = sum(int(mask.sum()) for mask in masks)
+    left = sum(int(torch.count_nonzero(mask)) for mask in masks)
     if of == "remaining":
         return left - round(sparsity * left)
     kept = total - round(sparsity * total)
@@ -163,62 +160,6 @@ def erk_budgets(masks: Mapping[str, Tensor], kept: int) -> dict[str, int]:
     for name in sorted(open_names, key=lambda name: -shares[name][1])[:short]:
         budgets[name] += 1
     return {name: budgets[name] for name in masks}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Masks: keep the highest scores among what is kept already
-
-
-def keep_highest_globally(
-    scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], kept: int
-) -> dict[str, Tensor]:
-    """Keep the `kept` highest scores of all layers together."""
-    parts = [_scores_left(name, scores[name], mask) for name, mask in masks.items()]
-    together = torch.cat(parts)  # where the precisions differ, in the highest
-    keep = ~lowest(together, together.numel() - kept)
-    shares = keep.split([part.numel() for part in parts])
-    return {name: _narrowed(mask, share) for (name, mask), share in zip(masks.items(), shares, strict=True)}
-
-
-def keep_highest_per_layer(
-    scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], budgets: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """Keep the `budgets[name]` highest scores of each layer."""
-    narrowed = {}
-    for name, mask in masks.items():
-        left = _scores_left(name, scores[name], mask)
-        narrowed[name] = _narrowed(mask, ~lowest(left, left.numel() - budgets[name]))
-    return narrowed
-
-
-def lowest(scores: Tensor, count: int) -> Tensor:
-    """True at exactly `count` places of a vector, the lowest; of equal scores the earlier ones."""
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(count).values
-    chosen = scores < threshold
-    ties = (scores == threshold).nonzero().squeeze(1)
-    chosen[ties[: count - int(chosen.sum())]] = True
-    return chosen
-
-
-def _scores_left(name: str, scores: Tensor, mask: Tensor) -> Tensor:
-    """The scores of what is kept so far, in the order of the weight's indices.
-
-    On the CPU, where the selection is deterministic, and layers of several devices compare.
-    """
-    left = scores.to(mask.device)[mask].cpu()
-    if left.isnan().any():
-        raise ValueError(
-            f"{name!r} has scores that are NaN (diverged weights?): there is no order to prune by"
-        )
-    return left.float() if left.dtype.itemsize < torch.float32.itemsize else left
-
-
-def _narrowed(mask: Tensor, keep: Tensor) -> Tensor:
-    narrowed = mask.clone()
-    narrowed[mask] = keep.to(mask.device)
-    return narrowed
 
 
 def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:

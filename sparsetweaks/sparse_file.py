@@ -61,8 +61,9 @@ _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _COMPLEX = {
     torch.complex128: torch.float64,
     torch.complex64: torch.float32,
-    torch.complex32: torch.float16,
 }
+# Whole numbers of each width, as which any number is picked out and put back bit for bit.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in (*_CODES, *_COMPLEX)}
 
 
@@ -182,7 +183,8 @@ def _encoded(tensor: Tensor, mask: Tensor | None) -> tuple[str, dict[str, Tensor
     where = {"bitmap": _bitmap(mask), "gaps": _gaps(mask)}
     coding = min(where, key=lambda name: where[name].nbytes)
     rows = whole.view(mask.numel(), 2) if tensor.dtype in _COMPLEX else whole.view(-1)
-    return coding, {coding: where[coding], "values": rows[mask]}
+    values = rows.view(_INTEGERS[rows.itemsize])[mask].view(rows.dtype)
+    return coding, {coding: where[coding], "values": values}
 
 
 def _bitmap(mask: Tensor) -> Tensor:
@@ -295,9 +297,10 @@ def _decoded(
         where, values = parts[f"{name}/{coding}"], parts[f"{name}/values"]
         count = math.prod(shape)
         kept = _from_bitmap(where, count) if coding == "bitmap" else _from_gaps(where, count)
-        stored = values.new_zeros(count, *values.shape[1:])
-        stored[kept] = values
-        stored, mask = stored.view(*shape, *values.shape[1:]), kept.view(shape)
+        numbers = torch.zeros(count, *values.shape[1:], dtype=_INTEGERS[values.itemsize])
+        numbers[kept] = values.view(numbers.dtype)
+        stored = numbers.view(values.dtype).view([*shape, *values.shape[1:]])
+        mask = kept.view(shape)
     return (torch.view_as_complex(stored) if dtype in _COMPLEX else stored), mask
 
 

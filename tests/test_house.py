@@ -13,7 +13,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparsetweaks"
 FLOORS = (
-    ["errors", "copying", "patterns", "sparse_file", "surgery.kinds", "surgery.programs", "surgery.mentions"],
+    [
+        "errors",
+        "copying",
+        "patterns",
+        "selection",
+        "sparse_file",
+        "surgery.kinds",
+        "surgery.programs",
+        "surgery.mentions",
+    ],
     ["surgery.tracing", "surgery.dataflow"],
     ["surgery.scopes", "surgery.units"],
     ["forms", "surgery.sites", "testing"],
@@ -31,6 +40,7 @@ FLOORS = (
     ["lottery"],
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+OPTIONAL = {"export": {"onnx", "onnxruntime", "onnxscript"}}  # imported by the function that needs them
 IMPORT_MILLISECONDS = 150  # more than `import torch` takes
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsetweaks.counting import sparsity
 from sparsetweaks.masks import find_masks
 from sparsetweaks.prunable import prunable_weights
-from sparsetweaks.pruning import erk_budgets, lowest, prune
+from sparsetweaks.pruning import erk_budgets, prune
 
 SCOPES = ["global", "layer", "erk"]
 METHODS = ["magnitude", "random"]
@@ -150,15 +150,6 @@ def test_erk_budgets_sum_and_fit_and_are_in_proportion(layers, fraction):
     open_names = [name for name in masks if budgets[name] < left[name]]
     for name in open_names:
         assert all(rates[other] - steps[other] <= rates[name] + steps[name] for other in masks)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(-2, 2), max_size=30), st.data())
-def test_lowest_is_a_stable_sort(values, data):
-    count = data.draw(st.integers(0, len(values)))
-    order = sorted(range(len(values)), key=values.__getitem__)
-    wanted = [i in order[:count] for i in range(len(values))]
-    assert lowest(torch.tensor(values, dtype=torch.float32), count).tolist() == wanted
 
 
 # ---------------------------------------------------------------------------------------------------------

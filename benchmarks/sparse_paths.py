@@ -1,0 +1,124 @@
+"""Whether PyTorch's sparse matrices (CSR, on a CPU) are faster than dense ones, for layers of ResNet-20 and ResNet-18.
+
+    python benchmarks/sparse_paths.py
+
+A convolution is taken in its best case for sparsity: as a matrix of its kernels times the unfolded images, where the
+unfolding itself is not timed, against PyTorch's own dense convolution of the same images (and against the same product,
+dense). A linear layer is one product. Each repeat times all ways in this process, in an order that turns; printed and
+written to benchmarks/results/sparse_paths.csv are medians of the ratios, sparse time over dense time: above 1, sparse is
+slower. 2:4 sparsity needs a GPU and is not measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RESULTS = Path(__file__).resolve().parent / "results" / "sparse_paths.csv"
+SPARSITIES = (0.9, 0.95, 0.98)
+# name: channels in, channels out, kernel, height and width; a kernel of 0 is a linear layer
+LAYERS = {
+    "resnet20 stage 1": (16, 16, 3, 32),
+    "resnet20 stage 3": (64, 64, 3, 8),
+    "resnet18 stage 1": (64, 64, 3, 32),
+    "resnet18 stage 4": (512, 512, 3, 4),
+    "linear 512 to 512": (512, 512, 0, 1),
+    "linear 2048 to 2048": (2048, 2048, 0, 1),
+}
+
+
+def ways(layer: str, sparsity: float, batch: int) -> dict[str, Callable[[], Tensor]]:
+    """The same layer of the same input, computed in each way."""
+    narrow, wide, kernel, side = LAYERS[layer]
+    generator = torch.Generator().manual_seed(0)
+    inner = narrow * max(kernel, 1) ** 2
+    matrix = torch.randn(wide, inner, generator=generator)
+    kept = torch.rand(matrix.shape, generator=generator) >= sparsity
+    matrix = matrix * kept
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CSR says of itself that it is in beta
+        csr = matrix.to_sparse_csr()
+    if not kernel:
+        columns = torch.randn(inner, batch, generator=generator)
+        rows = columns.T.contiguous()
+        return {
+            "csr": lambda: csr @ columns,
+            "dense": lambda: F.linear(rows, matrix),
+            "dense product": lambda: matrix @ columns,
+        }
+    images = torch.randn(batch, narrow, side, side, generator=generator)
+    weight = matrix.view(wide, narrow, kernel, kernel)
+    unfolded = F.unfold(images, kernel, padding=kernel // 2)
+    columns = unfolded.transpose(0, 1).reshape(inner, -1)
+    return {
+        "csr": lambda: csr @ columns,
+        "dense": lambda: F.conv2d(images, weight, padding=kernel // 2),
+        "dense product": lambda: matrix @ columns,
+    }
+
+
+def measure(layer: str, sparsity: float, *, batch: int, repeats: int) -> dict[str, object]:
+    found = ways(layer, sparsity, batch)
+    results = {way: call() for way, call in found.items()}
+    assert torch.allclose(results["csr"], results["dense product"], atol=1e-3)
+    times: dict[str, list[float]] = {way: [] for way in found}
+    names = list(found)
+    with torch.inference_mode():
+        for repeat in range(repeats + 1):
+            for way in names[repeat % len(names) :] + names[: repeat % len(names)]:
+                started = time.perf_counter()
+                found[way]()
+                if repeat:  # the first is to warm up
+                    times[way].append(time.perf_counter() - started)
+    row: dict[str, object] = {"layer": layer, "sparsity": sparsity, "batch": batch}
+    for way in ("dense", "dense product"):
+        ratios = [a / b for a, b in zip(times["csr"], times[way], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        row |= {
+            f"csr/{way}": round(middle, 3),
+            f"csr/{way} quartiles": f"{low:.3f} to {high:.3f}",
+        }
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Sparse matrices against dense ones on a CPU.")
+    parser.add_argument("--repeats", type=int, default=15, help="times that each is timed (default: 15)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images or rows (default: 32)")
+    given = parser.parse_args()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    surroundings = {
+        "repeats": given.repeats,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "hardware": str(capabilities.get("cpu_name") or platform.processor() or platform.machine()),
+    }
+    rows = []
+    for layer in LAYERS:
+        for sparsity in SPARSITIES:
+            row = measure(layer, sparsity, batch=given.batch_size, repeats=given.repeats)
+            print(
+                f"{layer:<20} {sparsity:.0%}: CSR takes {row['csr/dense']} of the dense layer's time "
+                f"({row['csr/dense quartiles']}), {row['csr/dense product']} of the dense product's"
+            )
+            rows.append(row | surroundings)
+    RESULTS.parent.mkdir(exist_ok=True)
+    with open(RESULTS, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"written to {RESULTS.relative_to(Path(__file__).resolve().parent.parent)}")
+
+
+if __name__ == "__main__":
+    main()
