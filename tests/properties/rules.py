@@ -71,7 +71,7 @@ TORCH_WARNS = "Full backward hook is firing"
 
 GRADIENTS = ("gradient of", "input gradient")
 ROUNDING = 1e-3
-"""Of the largest gradient. Two batch normalisations in a row leave little of some gradients but rounding.
+"""Of the largest gradient. Two batch normalisations in a row leave little of some gradients but rounding."""
 
 MAX_BLOCKS = 2
 """Most blocks in a network: pairs of neighbours, and two cost half of four."""
