@@ -82,7 +82,7 @@ def explained(case: rules.Case) -> str:
 
 def kind_of_failure(told: str | None) -> str:
     """The beginning of what a failure says, without numbers, so that simplifying keeps to one failure."""
-    return re.sub(r"\d+", "", told or "")[:KIND_LENGTH]
+    return re.sub(r"\d+", "", (told or "").partition("in the case\n")[0])[:KIND_LENGTH]
 
 
 def failure_of(case: rules.Case) -> str | None:

@@ -69,8 +69,9 @@ REFUSALS = ("the gradient is zero everywhere", "is not finite", "the loss is nan
 TORCH_WARNS = "Full backward hook is firing"
 """What torch says of a backward hook of the network's where nothing before it needs a gradient."""
 
-ROUNDING = 1e-4
-"""Of the largest gradient; the gradient of a bias before a batch normalisation is nothing but rounding."""
+GRADIENTS = ("gradient of", "input gradient")
+ROUNDING = 1e-3
+"""Of the largest gradient. Two batch normalisations in a row leave little of some gradients but rounding."""
 
 MAX_BLOCKS = 2
 """Most blocks in a network: pairs of neighbours, and two cost half of four."""
@@ -333,7 +334,7 @@ def no_differences(
     its input may have another format than it had. Sums over it then add in another order.
     """
     if rounded:
-        gradients = {name: value for name, value in expected.values.items() if "gradient" in name}
+        gradients = {name: value for name, value in expected.values.items() if name.startswith(GRADIENTS)}
         largest = max([1.0, *(float(each.abs().max()) for each in gradients.values() if each is not None)])
         lines = differences(Observation(gradients), found, tolerance=ROUNDING * largest, added=True)
         assert lines == [], f"{what}: {'; '.join(lines[:4])}"

@@ -102,7 +102,9 @@ def test_an_unknown_refusal_is_an_error(monkeypatch):
 
 def test_a_failure_is_simplified(monkeypatch):
     def fails_with_tanh(case):
-        assert all(block.activation != "Tanh" for block in case.spec.blocks), rules.reproduction(case)
+        assert all(block.activation != "Tanh" for block in case.spec.blocks), (
+            f"a tanh in the case\n{rules.reproduction(case)}"
+        )
         return {}
 
     monkeypatch.setattr(rules, "check", fails_with_tanh)
