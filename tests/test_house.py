@@ -13,12 +13,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparsetweaks"
 FLOORS = (
-    ["errors", "copying", "surgery.kinds", "surgery.programs"],
-    ["surgery.tracing", "surgery.dataflow"],
+    ["errors", "copying", "surgery.kinds", "surgery.programs", "recipe.labels"],
+    ["surgery.tracing", "surgery.dataflow", "probing"],
     ["surgery.scopes", "surgery.units"],
     ["prunable", "surgery.sites", "testing"],
     ["masks", "surgery.activations", "surgery.skips"],
-    ["pruning", "recipe.labels"],
+    ["scores"],
+    ["pruning"],
     ["recipe.layer_scales"],
     ["tweaks"],
     ["lottery"],
