@@ -13,14 +13,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparsetweaks"
 FLOORS = (
-    ["errors", "copying", "surgery.kinds", "surgery.programs", "recipe.labels"],
+    ["errors", "copying", "sparse_file", "surgery.kinds", "surgery.programs", "recipe.labels"],
     ["surgery.tracing", "surgery.dataflow", "probing"],
     ["surgery.scopes", "surgery.units"],
     ["prunable", "surgery.sites", "testing"],
     ["masks", "surgery.activations", "surgery.skips"],
-    ["scores"],
+    ["scores", "export"],
     ["pruning"],
-    ["recipe.layer_scales"],
+    ["recipe.layer_scales", "cost", "budgets"],
     ["tweaks"],
     ["lottery"],
 )
