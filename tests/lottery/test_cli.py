@@ -11,7 +11,7 @@ import pytest
 
 from sparsetweaks.lottery import cli
 
-SMALL = ["--depth", "8", "--width", "4", "--epochs", "1", "--batch-size", "64", "--limit", "20"]
+SMALL = ["--model", "resnet8", "--width", "4", "--epochs", "1", "--batch-size", "64", "--limit", "20"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
@@ -78,7 +78,7 @@ def test_the_demo_ends_with_table_rows_and_picture(monkeypatch, tmp_path: Path, 
     captured = capsys.readouterr()
     for name in ("vanilla", "AT", "TRT", "AT+TRT", "dense", "60 % sparse", "results.csv", "results.png"):
         assert name in captured.out
-    assert "5 of 5 runs" in captured.err
+    assert "6 of 6 runs" in captured.err
     assert len((tmp_path / "demo" / "results.csv").read_text().splitlines()) == 6
 
 
@@ -86,7 +86,7 @@ def test_the_demo_ends_with_table_rows_and_picture(monkeypatch, tmp_path: Path, 
     ("words", "code", "message"),
     [
         (["draw", "--data", "nowhere"], 1, "unknown data set 'nowhere'"),
-        (["draw", "--depth", "9"], 1, "depth must be 6n + 2"),
+        (["draw", "--model", "resnet9"], 1, "depth must be 6n + 2"),
         (["draw", "--device", "cuda:99"], 1, "cannot train on the device 'cuda:99'"),
         (["draw", "--device", "toaster"], 1, "cannot train on the device 'toaster'"),
         (["draw", "--rewind-epoch", "500", *SMALL], 1, "rewind_epoch must lie between 0 and 0"),

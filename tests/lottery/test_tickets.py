@@ -11,12 +11,13 @@ import torch
 
 from sparsetweaks.lottery.config import VARIANTS, LotteryError, Network, Recipe, Tweaks, variant
 from sparsetweaks.lottery.data import Data
-from sparsetweaks.lottery.draw import dense_ticket, draw, draw_one_shot, ticket_path
+from sparsetweaks.lottery.draw import draw, draw_one_shot
+from sparsetweaks.lottery.files import check_writable
 from sparsetweaks.lottery.spend import row, run_key, spend, tweaked
-from sparsetweaks.lottery.store import Ticket, check_writable, load_ticket, save_ticket
+from sparsetweaks.lottery.store import Ticket, dense_ticket, load_ticket, save_ticket, ticket_path
 from sparsetweaks.masks import find_masks
 
-NETWORK = Network(depth=8, width=4)
+NETWORK = Network("resnet8", width=4)
 RECIPE = Recipe(epochs=2, batch_size=64, precision="float32")
 
 
@@ -46,8 +47,8 @@ def test_masks_only_shrink(tickets: list[Ticket]) -> None:
 
 def test_masks_keep_the_largest_of_what_was_trained(tickets: list[Ticket]) -> None:
     ticket = tickets[1]
-    kept = torch.cat([ticket.scored[name][mask].abs() for name, mask in ticket.masks.items()])
-    pruned = torch.cat([ticket.scored[name][~mask].abs() for name, mask in ticket.masks.items()])
+    kept = torch.cat([ticket.trained[name][mask].abs() for name, mask in ticket.masks.items()])
+    pruned = torch.cat([ticket.trained[name][~mask].abs() for name, mask in ticket.masks.items()])
     assert kept.min() >= pruned.max()
 
 
@@ -65,8 +66,8 @@ def test_rewinding_to_a_later_epoch(digits: Data, tmp_path: Path) -> None:
         1
     ]
     name = next(iter(drawn.masks))
-    assert not torch.equal(drawn.rewound[name], drawn.initial[name])
-    assert not torch.equal(drawn.rewound[name], drawn.scored[name])
+    assert not torch.equal(drawn.late[name], drawn.initial[name])
+    assert not torch.equal(drawn.late[name], drawn.trained[name])
     assert not drawn.model().state_dict()[name][~drawn.masks[name]].any()
 
 
@@ -114,7 +115,7 @@ def test_a_ticket_file_gives_the_ticket_back(tickets: list[Ticket], tmp_path: Pa
     loaded = load_ticket(path)
     for name in ("identity", "network", "channels", "classes", "data", "fingerprint", "seed", "level"):
         assert getattr(loaded, name) == getattr(tickets[2], name)
-    for name in ("masks", "initial", "rewound", "scored"):
+    for name in ("masks", "initial", "late", "trained"):
         given, back = getattr(tickets[2], name), getattr(loaded, name)
         assert given.keys() == back.keys()
         assert all(
@@ -130,7 +131,7 @@ def test_anybody_can_read_the_header(tickets: list[Ticket], tmp_path: Path) -> N
     with safe_open(tmp_path / "a", framework="pt") as file:
         header = json.loads(file.metadata()["sparsetweaks"])
     assert header["kind"] == "ticket"
-    assert header["header"]["network"] == {"depth": 8, "width": 4}
+    assert header["header"]["network"] == {"name": "resnet8", "width": 4}
     assert header["header"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
@@ -181,12 +182,12 @@ def test_broken_and_foreign_files_are_named(
 
 def test_a_training_is_no_ticket(digits: Data, tickets: list[Ticket], tmp_path: Path) -> None:
     spend(tickets[1], Tweaks(), digits, RECIPE, seed=0, folder=tmp_path)
-    with pytest.raises(LotteryError, match="is a training of format 1; wanted is a ticket"):
+    with pytest.raises(LotteryError, match="is a training of format 2; wanted is a ticket"):
         load_ticket(next(tmp_path.iterdir()))
 
 
 def test_a_ticket_of_another_network_does_not_fit_together(tickets: list[Ticket], tmp_path: Path) -> None:
-    save_ticket(replace(tickets[1], network=Network(8, 8)), tmp_path / "a")
+    save_ticket(replace(tickets[1], network=Network("resnet8", 8)), tmp_path / "a")
     with pytest.raises(LotteryError, match="does not fit together"):
         load_ticket(tmp_path / "a")
 
@@ -220,8 +221,8 @@ def test_what_pays_for_skips_are_the_smallest_survivors(digits: Data, tickets: l
     ticket = tickets[2]
     model, _, count = tweaked(ticket, Tweaks(skips={"norm": True}), digits, RECIPE, seed=0)
     masks = {name: mask for name, mask in find_masks(model).items() if name in ticket.masks}
-    gone = torch.cat([ticket.scored[n][ticket.masks[n] & ~mask.cpu()].abs() for n, mask in masks.items()])
-    left = torch.cat([ticket.scored[n][mask.cpu()].abs() for n, mask in masks.items()])
+    gone = torch.cat([ticket.trained[n][ticket.masks[n] & ~mask.cpu()].abs() for n, mask in masks.items()])
+    left = torch.cat([ticket.trained[n][mask.cpu()].abs() for n, mask in masks.items()])
     assert len(gone) == count["added"] > 0
     assert gone.max() <= left.min()
 
