@@ -1,4 +1,4 @@
-"""The commands: `draw` tickets, `spend` them, `show` or `report` what came of it; or `demo` it all."""
+"""The commands: `draw` tickets, `spend` them, `show` or `report` what came of it, `reproduce` a figure; or `demo` it all."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ from sparsetweaks.lottery.draw import (
     ticket_path,
 )
 from sparsetweaks.lottery.files import alone
+from sparsetweaks.lottery.pools import NAME as POOLS
+from sparsetweaks.lottery.pools import pool, pool_row
 from sparsetweaks.lottery.progress import Progress
+from sparsetweaks.lottery.report import report
+from sparsetweaks.lottery.reproduce import PRESETS, experiments, overview, reproduce
 from sparsetweaks.lottery.results import append_row, plot, read_rows, summarise, table
 from sparsetweaks.lottery.spend import row, spend
 from sparsetweaks.lottery.store import Ticket, load_ticket
@@ -160,7 +164,7 @@ def draw_command(
 @click.option("--model", help="The MODULE:FUNCTION to allow, where tickets are of a network of yours.")
 @click.option(
     "--variant", "names", multiple=True, default=("vanilla", "AT", "TRT", "AT+TRT"),
-    help=f"Which tweaks, joined by +, of: {', '.join(PARTS)}.",
+    help=f"Which tweaks, joined by +, of: {', '.join(PARTS)}; or {POOLS}, which interpolates the tickets.",
 )  # fmt: skip
 @RECIPE_OPTIONS
 @click.option(
@@ -172,7 +176,8 @@ def spend_command(
     **options: Any,
 ) -> None:  # fmt: skip
     """Retrain TICKETS with tweaks and without; add a row of results per run, and print the table."""
-    chosen, (data, events, plan) = {name: variant(name) for name in names}, _split(options)
+    (data, events, plan), chosen = _split(options), dict.fromkeys(names)
+    tweaks = {name: variant(name) for name in (*chosen, "vanilla") if name != POOLS}
     with alone(out):
         loaded = [load_ticket(path, model=model) for path in tickets]
         images, rows = _data(out, **data), out / "results.csv"
@@ -187,9 +192,14 @@ def spend_command(
             len(cells) * plan.epochs, "epoch", events=out / "events" if events else None
         ) as progress:
             for number, (ticket, name, seed) in enumerate(cells, 1):
-                tweaks, runs = variant(name), out / "runs"
-                trained = spend(ticket, tweaks, images, plan, seed=seed, folder=runs, on_epoch=progress.epoch)
-                result = row(ticket, name, tweaks, images, plan, trained, seed=seed)
+                common: dict[str, Any] = {"seed": seed, "folder": out / "runs"}
+                if name == POOLS:
+                    trained = pool(ticket, loaded, images, plan, **common)
+                    result = pool_row(ticket, loaded, images, plan, trained, seed=seed)
+                else:
+                    watch = progress.epoch
+                    trained = spend(ticket, tweaks[name], images, plan, on_epoch=watch, **common)
+                    result = row(ticket, name, tweaks[name], images, plan, trained, seed=seed)
                 if (result["run"], name) not in known:
                     append_row(rows, result)
                 progress.reach(number * plan.epochs)
@@ -206,6 +216,43 @@ def show_command(out: Path) -> None:
     if not (out / "results.csv").is_file():
         raise LotteryError(f"{out / 'results.csv'} does not exist: spend some tickets first")
     _show(out)
+
+
+@commands.command("report")
+@click.argument("folder", type=click.Path(path_type=Path))
+def report_command(folder: Path) -> None:
+    """Write FOLDER/report.html: all results there on one page that needs no other file."""
+    click.echo(report(folder))
+
+
+@commands.command("reproduce")
+@click.argument("figure", required=False, metavar="[FIGURE]")
+@click.option("--list", "listed", is_flag=True, help="What there is, what each costs, and what is done.")
+@click.option("--preset", default="digits", help=f"How large: {', '.join(PRESETS)}.")
+@click.option("--data", multiple=True, help="Folders of images, for presets that bring none.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to train.")
+@click.option("--processes", type=COUNT, default=1, help="Runs at a time, a thread each.")
+@OUT_OPTION
+def reproduce_command(
+    figure: str | None,
+    listed: bool,
+    preset: str,
+    data: tuple[str, ...],
+    device: str,
+    processes: int,
+    out: Path,
+) -> None:
+    """Reproduce a FIGURE of the paper: picture, numbers, and a line of comparison. What figures share runs once."""
+    if listed or figure is None:
+        click.echo(overview(out))
+        return
+    experiments(figure, preset, data)
+    check_device(device)
+    with alone(out), Progress(0, "stage") as progress:
+        watch: dict[str, Any] = {"on_run": progress.so_far, "on_epoch": progress.within}
+        told = reproduce(figure, preset, out, data=data, device=device, processes=processes, **watch)
+        _log(out, "reproduce", {"figure": figure, "preset": preset, "data": data}, PRESETS[preset].recipe)
+    click.echo(f"{told}\n\npicture: {out / 'figures' / f'{figure}-{preset}.png'}")
 
 
 @commands.command("demo")

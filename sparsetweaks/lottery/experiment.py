@@ -54,11 +54,6 @@ class Experiment:
         return tuple(1 - (1 - self.fraction) ** level for level in range(1, self.levels + 1))
 
     @property
-    def drawings(self) -> int:
-        """How many trainings it takes to draw the tickets of all seeds."""
-        return len(self.seeds) * (self.levels if self.drawing == "imp" else 1)
-
-    @property
     def spendings(self) -> int:
         """How many rows there are to be."""
         return len(self.seeds) * (len(self.dense) + self.levels * len(self.variants))

@@ -42,9 +42,13 @@ class Progress:
             writer.close()
 
     def epoch(self, trained: Trained) -> None:
-        """One more epoch of a training, for `on_epoch`."""
+        """One more epoch of a training, where epochs are counted, for `on_epoch`."""
         self.counted += 1
         self.done = min(self.done + 1, self.total)
+        self.within(trained)
+
+    def within(self, trained: Trained) -> None:
+        """One more epoch of a training, where something else is counted."""
         best = f"best in validation {100 * trained.validation:.1f} %"
         text = f"{trained.title}, epoch {trained.epochs} of {trained.total}, {best}"
         if self.shown:

@@ -397,6 +397,24 @@ def _ordered(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
+def csv_of(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Rows of equal columns as the text of a CSV file.
+
+    Args:
+        lines: from `statistics`, say; at least one.
+
+    Returns:
+        The text, with a header.
+
+    Example:
+        >>> print(csv_of([{"a": 1, "b": "x"}]), end="")
+        a,b
+        1,x
+    """
+    lines = list(lines)
+    return "".join([_line(lines[0]), *(_line(line.values()) for line in lines)])
+
+
 def _line(values: Iterable[Any]) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerow(values)

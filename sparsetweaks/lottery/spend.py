@@ -216,7 +216,10 @@ def narrowed(ticket: Ticket, data: Data, fraction: float) -> State:
     """
     if ticket.method in ("none", "imp", "omp", "file"):
         scored = ticket.model("trained" if ticket.trained else "ticket")
-        return find_masks(prune(scored, fraction, of="remaining"))
+        masked = (
+            list(ticket.masks) or None
+        )  # masks from elsewhere may be of other weights than we would choose
+        return find_masks(prune(scored, fraction, of="remaining", include=masked))
     return pruned_untrained(ticket.model(), ticket, data, ticket.method, fraction, of="remaining")
 
 

@@ -188,8 +188,22 @@ def _add_to_average(done: Trained) -> None:
 def _use_average(
     done: Trained, model: nn.Module, data: Data, recipe: Recipe, autocast: torch.autocast
 ) -> None:
-    """Make the averaged weights the ones that are reported, with statistics of their own (Izmailov et al., 3.2)."""
+    """Make the averaged weights the ones that are reported."""
     model.load_state_dict(done.weights["average"])
+    with autocast:
+        refresh_statistics(model, data, size=recipe.batch_size)
+        done.validation, done.best_epoch = accuracy(model, data.validation, data), done.epochs
+    done.weights["best"] = _copy(model)
+
+
+def refresh_statistics(model: nn.Module, data: Data, *, size: int) -> None:
+    """Take BatchNorm's statistics anew, as weights that were averaged have none of their own (Izmailov et al., 3.2).
+
+    Args:
+        model: changed in place; left in evaluation mode.
+        data: whose training images the statistics are of, as they are.
+        size: images per batch.
+    """
     norms = [
         module for module in model.modules() if isinstance(module, _NormBase) and module.track_running_stats
     ]
@@ -199,14 +213,12 @@ def _use_average(
         norm.reset_running_stats()
         norm.train()
         norm.momentum = None  # the mean over all batches
-    with torch.no_grad(), autocast:
-        for images in data.train.images.split(recipe.batch_size):
+    with torch.no_grad():
+        for images in data.train.images.split(size):
             model(data.normalise(images).contiguous(memory_format=torch.channels_last))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    with autocast:
-        done.validation, done.best_epoch = accuracy(model, data.validation, data), done.epochs
-    done.weights["best"] = _copy(model)
+        norm.eval()
 
 
 def schedule(epoch: float, recipe: Recipe) -> float:
@@ -305,6 +317,16 @@ def _read(checkpoint: Path) -> tuple[Trained, State]:
     header, groups = load(checkpoint, "training")
     momentum = groups.pop("momentum", {})
     return Trained(weights=groups, **header), momentum
+
+
+def save_trained(checkpoint: Path, done: Trained) -> None:
+    """Keep what a training has come to.
+
+    Args:
+        checkpoint: the file, for `load_trained`.
+        done: all of it.
+    """
+    _save(checkpoint, done)
 
 
 def _saver(
