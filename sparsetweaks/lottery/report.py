@@ -123,18 +123,7 @@ def _costs(rows: list[dict[str, str]]) -> str:
 
 
 def _settings(rows: list[dict[str, str]]) -> str:
-    told = (
-        "architecture",
-        "width",
-        "data",
-        "train_images",
-        "image_size",
-        "drawn",
-        "epochs",
-        "recipe",
-        "precision",
-    )
-    told += ("compiled", "threads", "torch", "hardware")
+    told = "architecture width data train_images image_size drawn epochs recipe precision compiled threads torch hardware"
     cells = []
     for name in told.split():
         if name in rows[0]:
