@@ -197,8 +197,8 @@ def spend_command(
                     trained = pool(ticket, loaded, images, plan, **common)
                     result = pool_row(ticket, loaded, images, plan, trained, seed=seed)
                 else:
-                    watch = progress.epoch
-                    trained = spend(ticket, tweaks[name], images, plan, on_epoch=watch, **common)
+                    common |= {"name": name, "on_epoch": progress.epoch}
+                    trained = spend(ticket, tweaks[name], images, plan, **common)
                     result = row(ticket, name, tweaks[name], images, plan, trained, seed=seed)
                 if (result["run"], name) not in known:
                     append_row(rows, result)

@@ -165,8 +165,24 @@ def alone(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        for partial in folder.rglob("*.partial"):
+            if not _lives(partial.with_suffix("").suffix):
+                partial.unlink(missing_ok=True)
         yield
         file.truncate(0)
+
+
+def _lives(suffix: str) -> bool:
+    """Whether the process of a partial file's `.PID` is still at work on it."""
+    if not suffix[1:].isdigit() or os.name == "nt":  # there, asking would end it
+        return True
+    try:
+        os.kill(int(suffix[1:]), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def hold(file: Any, *, wait: bool = True) -> None:

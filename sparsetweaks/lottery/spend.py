@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetweaks.cost import cost
-from sparsetweaks.lottery.config import VARIANTS, LotteryError, Recipe, Tweaks, key
+from sparsetweaks.lottery.config import LotteryError, Recipe, Tweaks, key
 from sparsetweaks.lottery.data import Data, batches
 from sparsetweaks.lottery.files import State
 from sparsetweaks.lottery.store import Ticket
@@ -43,6 +43,7 @@ def spend(
     *,
     seed: int,
     folder: Path,
+    name: str = "vanilla",
     rewind_epoch: int | None = None,
     on_epoch: Callable[[Trained], None] | None = None,
 ) -> Trained:
@@ -55,6 +56,7 @@ def spend(
         recipe: how to train.
         seed: of the order of the images and their augmentation.
         folder: to keep the run in, under a name made of everything that determines it.
+        name: of the tweaks, for whoever watches.
         rewind_epoch: see `train`; the default is the one of `rewinding_epoch` for a dense ticket, 0 for others.
         on_epoch: see `train`.
 
@@ -95,7 +97,7 @@ def spend(
         rewind_epoch=rewind_epoch,
         checkpoint=path,
         note=note,
-        title=_title(ticket, tweaks, seed),
+        title=_title(ticket, name, seed),
         on_epoch=on_epoch,
     )
 
@@ -364,8 +366,7 @@ def _dense_network(
     return model
 
 
-def _title(ticket: Ticket, tweaks: Tweaks, seed: int) -> str:
-    name = next((name for name, known in VARIANTS.items() if known == tweaks), "tweaked")
+def _title(ticket: Ticket, name: str, seed: int) -> str:
     sparse = f"level {ticket.level}, {100 * ticket.sparsity:.1f} % sparse" if ticket.level else "dense"
     return f"{ticket.network.name} on {ticket.data}, seed {seed}, {sparse}, {name}"
 
