@@ -137,5 +137,6 @@ def _spend(
     on_epoch: Callable[[Trained], None] | None,
 ) -> dict[str, Any]:
     data, tweaks, recipe = _data(experiment, folder, device), experiment.tweaks(name), experiment.recipe
-    trained = spend(ticket, tweaks, data, recipe, seed=ticket.seed, folder=folder / "runs", on_epoch=on_epoch)
+    runs, common = folder / "runs", {"name": name, "on_epoch": on_epoch}
+    trained = spend(ticket, tweaks, data, recipe, seed=ticket.seed, folder=runs, **common)  # type: ignore[arg-type]
     return row(ticket, name, tweaks, data, recipe, trained, seed=ticket.seed)

@@ -30,7 +30,7 @@ SMALL = ["--epochs", "4", "--batch-size", "64", "--limit", "20", "--precision", 
 DRAW = ["draw", "--model", "resnet8", "--width", "4", "--levels", "2", "--fraction", "0.5", *SMALL]
 SPEND = ["spend", *SMALL, "--variant", "vanilla", "--variant", "AT+rewinding", "--variant", "smoothing+SWA"]
 TIMES = {"train_seconds", "step_milliseconds", "prepare_seconds"}
-WRITES = 30  # how many an undisturbed campaign makes at least
+WRITES = 17  # of an undisturbed campaign
 
 
 def command(*words: object) -> int:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from dataclasses import replace
 from itertools import pairwise
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sparsetweaks.lottery.config import VARIANTS, LotteryError, Network, Recipe, Tweaks, variant
 from sparsetweaks.lottery.data import Data
-from sparsetweaks.lottery.draw import draw, draw_one_shot
+from sparsetweaks.lottery.draw import UNTRAINED, draw, draw_by_masks, draw_one_shot, draw_untrained
 from sparsetweaks.lottery.files import check_writable
+from sparsetweaks.lottery.pools import pool, pool_row
 from sparsetweaks.lottery.spend import row, run_key, spend, tweaked
 from sparsetweaks.lottery.store import Ticket, dense_ticket, load_ticket, save_ticket, ticket_path
 from sparsetweaks.masks import find_masks
@@ -266,7 +269,239 @@ def test_a_ticket_of_other_data_is_refused(digits: Data, tickets: list[Ticket], 
 
 def test_unknown_variants_list_the_known() -> None:
     with pytest.raises(LotteryError, match="unknown variant 'magic'; choose from vanilla, AT, TRT"):
-        variant("magic")
+        variant("AT+magic")
+
+
+def test_variants_are_put_together() -> None:
+    assert variant("AT+TRT+rewinding") == Tweaks({}, "swish", {}, smoothing=0.1, start="late")
+    assert variant("AT+TRT+KD") == Tweaks({}, "swish", {}, distillation=True)  # in place of smoothing
+    assert variant("authors-TRT") == Tweaks(
+        scales={}, scales_on="dense", smoothing=0.1, smoothing_form="wrong"
+    )
+    assert variant("authors-skips").skips == {"shortcut": "project-all", "strength": 1.0}
+    with pytest.raises(LotteryError, match="start must be one of ticket, late, trained, got 'early'"):
+        Tweaks(start="early")
+
+
+def test_the_authors_skips_cost_what_they_cost_unless_matched(digits: Data, tickets: list[Ticket]) -> None:
+    model, _, counts = tweaked(tickets[3], variant("authors-AT+unmatched"), digits, RECIPE, seed=0)
+    assert counts["nonzeros"] == tickets[3].nonzeros
+    assert counts["added"] > tickets[3].nonzeros
+    added = sum(p.numel() for n, p in model.named_parameters() if ".skip." in n)
+    assert counts["budget"] - counts["nonzeros"] == counts["added"] == added
+    vanilla = tweaked(tickets[3], Tweaks(), digits, RECIPE, seed=0)[2]
+    assert counts["flops"] > vanilla["flops"] > vanilla["effective_flops"]
+    assert (
+        counts["effective_flops"] - vanilla["effective_flops"] == counts["flops"] - vanilla["flops"]
+    )  # dense
+    with pytest.raises(LotteryError, match=r"compare without matching \(\+unmatched\)"):
+        tweaked(tickets[3], variant("authors-AT"), digits, RECIPE, seed=0)
+
+
+def test_effective_flops_are_those_that_the_masks_leave(digits: Data, tickets: list[Ticket]) -> None:
+    """On a network whose every layer is as large as the image: two per weight and pixel, and the classifier."""
+    counts = [tweaked(ticket, Tweaks(), digits, RECIPE, seed=0)[2] for ticket in tickets]
+    assert counts[0]["flops"] == counts[0]["effective_flops"] == counts[3]["flops"]
+    pixels = {"conv": 64, "stages.0": 64, "stages.1": 16, "stages.2": 4}
+    expected = 2 * 16 * 10
+    for name, mask in tickets[3].masks.items():
+        expected += 2 * int(mask.sum()) * next(n for start, n in pixels.items() if name.startswith(start))
+    assert counts[3]["effective_flops"] == expected
+
+
+def test_scales_learned_dense_are_not_those_of_the_ticket(digits: Data, tickets: list[Ticket]) -> None:
+    options = {"iterations": 3}
+    models = {
+        on: tweaked(tickets[3], Tweaks(scales=options, scales_on=on), digits, RECIPE, seed=0)[0]
+        for on in ("ticket", "dense")
+    }
+    start, masks = tickets[3].model().state_dict(), tickets[3].masks
+    factors = {
+        on: [float((model.get_parameter(n).detach()[m] / start[n][m]).mean()) for n, m in masks.items()]
+        for on, model in models.items()
+    }
+    for on, model in models.items():  # one factor per tensor, and the same masks
+        for (name, mask), factor in zip(masks.items(), factors[on], strict=True):
+            torch.testing.assert_close(model.get_parameter(name)[mask], start[name][mask] * factor)
+            assert not model.get_parameter(name)[~mask].any()
+    assert factors["ticket"] != factors["dense"]
+
+
+@pytest.mark.parametrize(
+    ("start", "weights"), [("ticket", "initial"), ("late", "late"), ("trained", "trained")]
+)
+def test_where_a_variant_starts_from(digits: Data, tickets: list[Ticket], start: str, weights: str) -> None:
+    model = tweaked(tickets[2], Tweaks(start=start), digits, RECIPE, seed=0)[0]
+    for name, mask in tickets[2].masks.items():
+        assert torch.equal(model.get_parameter(name)[mask], getattr(tickets[2], weights)[name][mask])
+        assert not model.get_parameter(name)[~mask].any()
+
+
+def test_late_weights_are_those_of_the_dense_training(
+    digits: Data, tickets: list[Ticket], tmp_path: Path
+) -> None:
+    assert tickets[2].late_epoch == 1  # of 2: 18 %, at least the first
+    dense = spend(tickets[0], Tweaks(), digits, replace(RECIPE, epochs=2), seed=0, folder=tmp_path)
+    assert all(torch.equal(tickets[2].late[name], value) for name, value in dense.weights["rewind"].items())
+    assert not torch.equal(tickets[2].late["fc.weight"], tickets[2].initial["fc.weight"])
+
+
+def test_the_teacher_is_the_dense_training_which_is_not_run_again(digits: Data, tmp_path: Path) -> None:
+    drawn = draw(digits, NETWORK, RECIPE, seed=0, folder=tmp_path, levels=1, fraction=0.5)
+    runs = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    taught = spend(drawn[1], variant("KD"), digits, RECIPE, seed=0, folder=tmp_path / "runs")
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert len(after) == len(runs) + 1
+    assert runs.items() <= after.items()
+    plain = spend(drawn[1], Tweaks(), digits, RECIPE, seed=0, folder=tmp_path / "runs")
+    assert not torch.equal(taught.weights["last"]["fc.weight"], plain.weights["last"]["fc.weight"])
+
+
+# -------------------------------------------------------------------------------------------- without training
+
+
+@pytest.mark.parametrize("method", UNTRAINED)
+def test_tickets_before_training(digits: Data, tmp_path: Path, method: str) -> None:
+    options = {"method": method, "sparsities": [0.5, 0.9], "folder": tmp_path}
+    drawn = draw_untrained(digits, NETWORK, seed=0, **options)
+    total = counts(drawn[1])
+    assert [ticket.nonzeros for ticket in drawn[1:]] == [total - round(s * total) for s in (0.5, 0.9)]
+    again = draw_untrained(digits, NETWORK, seed=0, **options)
+    assert [ticket.identity for ticket in drawn] == [ticket.identity for ticket in again]
+    loaded = load_ticket(ticket_path(tmp_path, drawn[2]))
+    assert all(torch.equal(loaded.masks[name], mask) for name, mask in again[2].masks.items())
+    model, _, count = tweaked(drawn[2], Tweaks(skips={"norm": True}), digits, RECIPE, seed=0)
+    masks = find_masks(model)  # what pays for the skips is what the method finds least important
+    assert count["budget"] == drawn[2].nonzeros
+    assert all(not (masks[name] & ~mask).any() for name, mask in drawn[2].masks.items())
+    with pytest.raises(
+        LotteryError, match=f"no late weights to start from, as one that was drawn by {method}"
+    ):
+        tweaked(drawn[1], variant("rewinding"), digits, RECIPE, seed=0)
+
+
+def test_tickets_before_training_want_what_there_is(digits: Data, tmp_path: Path) -> None:
+    for options, message in (
+        ({"method": "magic"}, "unknown method 'magic'; choose from random, snip, grasp, synflow"),
+        ({"method": "snip", "scope": "house"}, "unknown scope 'house'"),
+        ({"method": "snip", "sparsities": [1.0]}, "sparsity must lie between"),
+    ):
+        with pytest.raises(LotteryError, match=message):
+            draw_untrained(digits, NETWORK, seed=0, folder=tmp_path, **{"sparsities": [0.5], **options})
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch", "state of a pruned model"])
+def test_any_mask_from_a_file(digits: Data, tickets: list[Ticket], tmp_path: Path, form: str) -> None:
+    file, masks = tmp_path / "masks", tickets[2].masks
+    if form == "safetensors":
+        save_file(masks, file)
+    elif form == "torch":
+        torch.save({f"{name}_mask": mask.float() for name, mask in masks.items()}, file)
+    else:
+        torch.save(tickets[2].model().state_dict(), file)
+    dense, drawn = draw_by_masks(digits, NETWORK, file, seed=0, folder=tmp_path)
+    assert dense.level == 0
+    assert all(torch.equal(drawn.masks[name], mask) for name, mask in masks.items())
+    assert tweaked(drawn, variant("AT"), digits, RECIPE, seed=0)[2]["budget"] == drawn.nonzeros
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"text", "is neither safetensors nor a file of torch.save"),
+        ({"fc.weights": torch.ones(10, 16).bool()}, "holds no mask of this network: it holds fc.weights"),
+        (
+            {"fc.weight": torch.ones(10, 3).bool()},
+            r"the mask of 'fc.weight' is \(10, 3\), its weight \(10, 16\)",
+        ),
+        ([1, 2], "holds a list, not tensors by name"),
+    ],
+)
+def test_files_that_hold_no_masks_are_named(
+    digits: Data, tmp_path: Path, content: object, message: str
+) -> None:
+    file = tmp_path / "masks"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(LotteryError, match=message):
+        draw_by_masks(digits, NETWORK, file, seed=0, folder=tmp_path)
+    assert not (tmp_path / "tickets").exists()
+
+
+def test_a_mask_file_runs_no_code(digits: Data, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "exploded",))
+
+    torch.save({"fc.weight_mask": Bomb()}, tmp_path / "masks")
+    with pytest.raises(LotteryError, match="neither safetensors nor"):
+        draw_by_masks(digits, NETWORK, tmp_path / "masks", seed=0, folder=tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_ticket_of_a_users_network_asks_before_it_imports(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home_made.py").write_text(
+        "import pathlib; pathlib.Path(__file__).with_name('imported').touch()\n"
+        "from torch import nn\n"
+        "def small(channels, classes):\n"
+        "    return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.Flatten(), nn.Linear(144, classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    network = Network("home_made:small")
+    ticket = draw_untrained(digits, network, method="random", sparsities=[0.5], seed=0, folder=tmp_path)[1]
+    (tmp_path / "imported").unlink()
+    sys.modules.pop("home_made")
+    path = ticket_path(tmp_path, ticket)
+    with pytest.raises(LotteryError, match="if you trust it, allow it by --model home_made:small"):
+        load_ticket(path)
+    assert not (tmp_path / "imported").exists()
+    assert load_ticket(path, model="home_made:small").nonzeros == ticket.nonzeros
+    sys.modules.pop("home_made")
+
+
+# ------------------------------------------------------------------------------------------------ Lottery Pools
+
+
+def test_pools_keep_the_non_zeros_and_never_lose_in_validation(
+    digits: Data, tickets: list[Ticket], tmp_path: Path
+) -> None:
+    for ticket in tickets:
+        plain = spend(ticket, Tweaks(), digits, RECIPE, seed=0, folder=tmp_path)
+        pooled = pool(ticket, tickets, digits, RECIPE, seed=0, folder=tmp_path)
+        assert pooled.validation >= plain.validation
+        left = sum(int(pooled.weights["best"][name].count_nonzero()) for name in tickets[1].masks)
+        assert left <= (ticket.nonzeros or counts(tickets[1]))
+        again = pool(ticket, tickets, digits, RECIPE, seed=0, folder=tmp_path)
+        assert (again.test, again.validation) == (pooled.test, pooled.validation)
+        line = pool_row(ticket, tickets, digits, RECIPE, pooled, seed=0)
+        assert line["variant"] == "pools"
+        assert line["budget"] == (ticket.nonzeros)
+        assert line["run"] != row(ticket, "vanilla", Tweaks(), digits, RECIPE, plain, seed=0)["run"]
+
+
+def test_pools_choose_on_validation_and_look_at_the_test_images_once(
+    digits: Data, tickets: list[Ticket], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for ticket in tickets:
+        spend(ticket, Tweaks(), digits, RECIPE, seed=0, folder=tmp_path)
+    seen = []
+
+    def watch(model: torch.nn.Module, part: object, data: Data) -> float:
+        seen.append("test" if part is digits.test else "validation")
+        return 0.0
+
+    monkeypatch.setattr("sparsetweaks.lottery.pools.accuracy", watch)
+    pool(tickets[2], tickets, digits, RECIPE, seed=0, folder=tmp_path)
+    assert seen == ["validation"] * 18 + ["test"]  # nine shares of two neighbours
+
+
+def test_pools_need_other_levels(digits: Data, tickets: list[Ticket], tmp_path: Path) -> None:
+    with pytest.raises(LotteryError, match="give the tickets of several levels"):
+        pool(tickets[2], [tickets[2]], digits, RECIPE, seed=0, folder=tmp_path)
 
 
 def test_nothing_here_warns(digits: Data, tickets: list[Ticket]) -> None:
