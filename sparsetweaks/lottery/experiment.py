@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -111,16 +112,19 @@ def compare(
     return rows
 
 
-def _data(experiment: Experiment, folder: Path, device: str) -> Data:
-    source = experiment.source
-    data = load(source.source, size=source.size, limit=source.limit, cache=folder / "cache")
-    return data.to(device)
+@functools.lru_cache(maxsize=1)
+def _data(source: Source, folder: Path, device: str) -> Data:
+    """The data set, read once for all runs of a process."""
+    return load(source.source, size=source.size, limit=source.limit, cache=folder / "cache").to(device)
 
 
 def _draw(
     experiment: Experiment, folder: Path, device: str, seed: int, on_epoch: Callable[[Trained], None] | None
 ) -> list[Ticket]:
-    data, common = _data(experiment, folder, device), {"seed": seed, "folder": folder, "on_epoch": on_epoch}
+    data, common = (
+        _data(experiment.source, folder, device),
+        {"seed": seed, "folder": folder, "on_epoch": on_epoch},
+    )
     if experiment.drawing == "omp":
         sparsities = experiment.sparsities
         return draw_one_shot(data, experiment.network, experiment.recipe, sparsities=sparsities, **common)  # type: ignore[arg-type]
@@ -136,7 +140,11 @@ def _spend(
     name: str,
     on_epoch: Callable[[Trained], None] | None,
 ) -> dict[str, Any]:
-    data, tweaks, recipe = _data(experiment, folder, device), experiment.tweaks(name), experiment.recipe
+    data, tweaks, recipe = (
+        _data(experiment.source, folder, device),
+        experiment.tweaks(name),
+        experiment.recipe,
+    )
     runs, common = folder / "runs", {"name": name, "on_epoch": on_epoch}
     trained = spend(ticket, tweaks, data, recipe, seed=ticket.seed, folder=runs, **common)  # type: ignore[arg-type]
     return row(ticket, name, tweaks, data, recipe, trained, seed=ticket.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -30,8 +31,8 @@ class Progress:
         self.bar = tqdm(total=total, unit=unit, disable=not self.shown, leave=False)
         self.started = self.logged = time.monotonic()
         self.events, self.writers = events, {}  # type: Path | None, dict[str, Any]
-        if events is not None:
-            _summary_writer(events)
+        if events is not None and importlib.util.find_spec("tensorboard") is None:
+            raise LotteryError("event files need tensorboard: pip install tensorboard")
 
     def __enter__(self) -> Progress:
         return self
@@ -96,8 +97,6 @@ class Progress:
 
 
 def _summary_writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise LotteryError("event files need tensorboard: pip install tensorboard") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder))

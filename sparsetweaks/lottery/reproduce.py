@@ -65,15 +65,15 @@ FIGURES: dict[str, Figure] = {
     "1a": Figure(
         "New skip connections",
         ("vanilla", "skips"),
-        (Claim("skips", "vanilla", f"hurts the dense network, {_SPARSER}"),),
+        (Claim("skips", "vanilla", "hurt the dense network and help sparse ones, most at high sparsity"),),
         dense=("vanilla", "skips"),
     ),
     "1b": Figure(
         "Smooth activations",
         ("vanilla", "swish", "mish"),
         (
-            Claim("swish", "vanilla", f"marginal for dense networks, {_SPARSER}"),
-            Claim("mish", "vanilla", f"marginal for dense networks, {_SPARSER}"),
+            Claim("swish", "vanilla", f"is marginal for dense networks and {_SPARSER}"),
+            Claim("mish", "vanilla", f"is marginal for dense networks and {_SPARSER}"),
         ),
         dense=("vanilla", "swish", "mish"),
     ),
@@ -123,15 +123,15 @@ FIGURES: dict[str, Figure] = {
         "Tweaks with weight rewinding",
         ("vanilla", "rewinding", "AT+rewinding", "TRT+rewinding", "AT+TRT+rewinding"),
         (
-            Claim("AT+rewinding", "rewinding", "marginally better than rewinding"),
-            Claim("TRT+rewinding", "rewinding", "significantly better than rewinding"),
-            Claim("AT+TRT+rewinding", "rewinding", "the best of all, hardly falling with sparsity"),
+            Claim("AT+rewinding", "rewinding", "is marginally better than rewinding"),
+            Claim("TRT+rewinding", "rewinding", "is significantly better than rewinding"),
+            Claim("AT+TRT+rewinding", "rewinding", "is the best of all, and hardly falls with sparsity"),
         ),
     ),
     "9": Figure(
         "Distillation in place of smoothing",
         ("vanilla", "AT+TRT", "AT+TRT+KD"),
-        (Claim("AT+TRT+KD", "AT+TRT", "only marginal benefits", gains=False),),
+        (Claim("AT+TRT+KD", "AT+TRT", "has only marginal benefits", gains=False),),
     ),
     "A13": Figure(
         "One-shot pruning",
@@ -307,14 +307,13 @@ def verdict(claim: Claim, gain: float, interval: float | None) -> str:
 
     Example:
         >>> verdict(Claim("AT", "vanilla", ""), 0.5, 1.2)
-        'not settled by so few seeds: no difference beyond noise'
+        'not settled: so few seeds show no difference beyond noise'
     """
     if interval is None:
         return "one seed settles nothing"
     if abs(gain) <= interval:
-        return (
-            "in agreement" if not claim.gains else "not settled by so few seeds: no difference beyond noise"
-        )
+        few = "so few seeds show no difference beyond noise"
+        return f"not settled: {few}" if claim.gains else f"in agreement as far as that goes: {few}"
     if not claim.gains:
         return "a difference, where the paper finds almost none"
     return "in agreement" if gain > 0 else "the opposite, beyond noise"

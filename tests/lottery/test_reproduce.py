@@ -150,7 +150,7 @@ def test_gains_are_judged_by_their_interval() -> None:
     assert verdict(gain, -2.0, 1.0) == "the opposite, beyond noise"
     assert verdict(gain, 2.0, 3.0).startswith("not settled")
     assert verdict(gain, 2.0, None) == "one seed settles nothing"
-    assert verdict(equal, 2.0, 3.0) == "in agreement"
+    assert verdict(equal, 2.0, 3.0).startswith("in agreement as far as that goes")
     assert verdict(equal, 2.0, 1.0).startswith("a difference")
 
 
