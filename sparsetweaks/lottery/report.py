@@ -99,6 +99,7 @@ def _costs(rows: list[dict[str, str]]) -> str:
         name
         for name in (
             "parameters",
+            "nonzero_parameters",
             "nonzeros",
             "added",
             "budget",

@@ -22,6 +22,7 @@ from sparsetweaks.lottery.files import State
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import SEED_STRIDE, Trained, computes_in_bfloat16, load_trained, train
 from sparsetweaks.masks import apply_masks, find_masks
+from sparsetweaks.prunable import prunable_weights
 from sparsetweaks.pruning import prune
 from sparsetweaks.recipe.labels import SoftLabelLoss
 from sparsetweaks.recipe.layer_scales import learn_layer_scales
@@ -30,7 +31,7 @@ from sparsetweaks.surgery.skips import inject_skips
 
 REWINDING = 33 / 180  # of the epochs: the paper, 4.1, where it says "18 %"
 AVERAGING = 0.75  # of the epochs, after which weights are averaged (Izmailov et al. 2018, 4.1)
-COUNTED = ("nonzeros", "added", "budget", "parameters", "flops", "effective_flops")
+COUNTED = ("nonzeros", "added", "budget", "parameters", "nonzero_parameters", "flops", "effective_flops")
 SCORED_PER_CLASS = 10  # images that SNIP, GraSP and SynFlow see: as in GraSP's code
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -159,9 +160,9 @@ def tweaked(
         seed: of those batches.
 
     Returns:
-        The model, on the device of `data`; the loss; and `nonzeros` (surviving weights), `added` (what tweaks brought),
-        `budget` (their sum), `parameters` (all there are, masked or not), `flops` (of one image) and `effective_flops`
-        (those that no mask removes).
+        The model, on the device of `data`; the loss; and `nonzeros` (surviving weights, of those that are pruned among),
+        `added` (what tweaks brought), `budget` (their sum), `parameters` (all there are, normalisation and classifier
+        too), `nonzero_parameters` (those that no mask removes), `flops` (of one image) and `effective_flops` (the same).
 
     Raises:
         LotteryError: when the tweaks add as much as survives, or more.
@@ -193,13 +194,18 @@ def tweaked(
 
 
 def _counts(model: nn.Module, data: Data) -> dict[str, int]:
-    survivors, added = sum(int(mask.sum()) for mask in find_masks(model).values()), _added(model)
+    masks, added = find_masks(model), _added(model)
+    weights = (
+        masks.values() or prunable_weights(model).values()
+    )  # of a dense network, all that pruning would take
+    survivors = sum(int(each.count_nonzero()) if masks else each.numel() for each in weights)
     count = cost(model, data.normalise(data.test.images[:1]))
     return {
         "nonzeros": survivors,
         "added": added,
         "budget": survivors + added,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": count.parameters,
+        "nonzero_parameters": count.nonzeros,
         "flops": count.flops,
         "effective_flops": count.effective_flops,
     }
@@ -243,8 +249,8 @@ def pruned_untrained(
     labels = data.train.labels.cpu()
     order = torch.randperm(len(labels), generator=generator)
     index = torch.cat([order[labels[order] == label][:SCORED_PER_CLASS] for label in labels.unique()])
-    part = data.train[index.to(data.train.labels.device)].to("cpu")
-    batch = data.to("cpu").normalise(part.images), part.labels
+    part = data.train[index.to(data.train.labels.device)]
+    batch = data.normalise(part.images).cpu(), part.labels.cpu()
     pruned = prune(model, sparsity, method=method, batch=batch, generator=generator, **options)  # type: ignore[arg-type]
     return find_masks(pruned)
 

@@ -218,6 +218,15 @@ def test_every_variant_trains_at_the_same_number_of_nonzeros(
     last = trained.weights["last"]
     assert sum(int(last[mask].count_nonzero()) for mask in ticket.masks) == result["nonzeros"]
     assert 0 <= result["test"] <= 1
+    unmasked = sum(p.numel() for name, p in ticket.model().named_parameters() if name not in ticket.masks)
+    assert result["nonzero_parameters"] == unmasked + ticket.nonzeros
+    assert result["parameters"] == unmasked + counts(ticket) + result["added"]
+
+
+def test_a_dense_network_has_all_its_weights(digits: Data, tickets: list[Ticket]) -> None:
+    count = tweaked(tickets[0], Tweaks(), digits, RECIPE, seed=0)[2]
+    assert count["nonzeros"] == count["budget"] == counts(tickets[1])
+    assert count["nonzero_parameters"] == count["parameters"]
 
 
 def test_what_pays_for_skips_are_the_smallest_survivors(digits: Data, tickets: list[Ticket]) -> None:
@@ -479,7 +488,7 @@ def test_pools_keep_the_non_zeros_and_never_lose_in_validation(
         assert (again.test, again.validation) == (pooled.test, pooled.validation)
         line = pool_row(ticket, tickets, digits, RECIPE, pooled, seed=0)
         assert line["variant"] == "pools"
-        assert line["budget"] == (ticket.nonzeros)
+        assert line["budget"] == (ticket.nonzeros or counts(tickets[1]))
         assert line["run"] != row(ticket, "vanilla", Tweaks(), digits, RECIPE, plain, seed=0)["run"]
 
 
