@@ -159,6 +159,11 @@ class Tweaks:
         return self.skips is not None or self.activation is not None
 
 
+_AUTHORS_SKIPS = {
+    "shortcut": "project-all",
+    "strength": 1.0,
+    "where": "*.conv[12]",
+}  # of basic blocks, and no others
 PARTS: dict[str, dict[str, Any]] = {
     "vanilla": {},
     "AT": {"skips": {}, "activation": "swish"},
@@ -176,10 +181,10 @@ PARTS: dict[str, dict[str, Any]] = {
     "SWA": {"averaging": True},  # Izmailov et al. 2018; the paper names it in 3.3
     "unmatched": {"matched": False},
     # where the authors' code parts from their paper
-    "authors-skips": {"skips": {"shortcut": "project-all", "strength": 1.0}},
+    "authors-skips": {"skips": _AUTHORS_SKIPS},
     "authors-scales": {"scales": {}, "scales_on": "dense"},
     "authors-smoothing": {"smoothing": SMOOTHING, "smoothing_form": "wrong"},
-    "authors-AT": {"skips": {"shortcut": "project-all", "strength": 1.0}, "activation": "swish"},
+    "authors-AT": {"skips": _AUTHORS_SKIPS, "activation": "swish"},
     "authors-TRT": {"scales": {}, "scales_on": "dense", "smoothing": SMOOTHING, "smoothing_form": "wrong"},
 }
 """What variants are put together from by "+", the later deciding where two say different things."""

@@ -12,7 +12,14 @@ from pathlib import Path
 from sparsetweaks.lottery.config import LotteryError, Network, Recipe, Tweaks, key
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.files import State
-from sparsetweaks.lottery.spend import narrowed, pruned_untrained, rewinding_epoch, run_key, spend
+from sparsetweaks.lottery.spend import (
+    SCORED_PER_CLASS,
+    narrowed,
+    pruned_untrained,
+    rewinding_epoch,
+    run_key,
+    spend,
+)
 from sparsetweaks.lottery.store import Ticket, dense_ticket, read_masks, save_ticket, ticket_path
 from sparsetweaks.lottery.train import Trained
 
@@ -158,7 +165,7 @@ def draw_untrained(
     tickets = [dense]
     for sparsity in sparsities:
         masks = pruned_untrained(dense.model(), dense, data, method, sparsity, scope=scope)
-        identity = key(dense.identity, method, scope, sparsity)
+        identity = key(dense.identity, method, scope, sparsity, SCORED_PER_CLASS)
         tickets.append(_kept(dense, folder, on_ticket, identity=identity, method=method, masks=masks))
     return tickets
 

@@ -24,7 +24,7 @@ from sparsetweaks.lottery.train import SEED_STRIDE, Trained, computes_in_bfloat1
 from sparsetweaks.masks import apply_masks, find_masks
 from sparsetweaks.prunable import prunable_weights
 from sparsetweaks.pruning import prune
-from sparsetweaks.recipe.labels import SoftLabelLoss
+from sparsetweaks.recipe.labels import SoftLabelLoss, distillation_loss
 from sparsetweaks.recipe.layer_scales import learn_layer_scales
 from sparsetweaks.surgery.activations import swap_activations
 from sparsetweaks.surgery.skips import inject_skips
@@ -140,6 +140,11 @@ def run_key(
     for name, function in (("skips", inject_skips), ("scales", learn_layer_scales)):
         given = options[name]
         options[name] = None if given is None else {**_defaults(function), **given}
+    if tweaks.distillation:
+        taught = _defaults(distillation_loss)
+        options["distillation"] = [taught["temperature"], taught["weight"]]
+    if tweaks.averaging:
+        options["averaging"] = AVERAGING
     return key(ticket.identity, options, recipe, seed, rewind_epoch)
 
 

@@ -15,10 +15,12 @@ from sparsetweaks.lottery.config import VARIANTS, LotteryError, Network, Recipe,
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.draw import UNTRAINED, draw, draw_by_masks, draw_one_shot, draw_untrained
 from sparsetweaks.lottery.files import check_writable
+from sparsetweaks.lottery.models import build
 from sparsetweaks.lottery.pools import pool, pool_row
 from sparsetweaks.lottery.spend import row, run_key, spend, tweaked
 from sparsetweaks.lottery.store import Ticket, dense_ticket, load_ticket, save_ticket, ticket_path
 from sparsetweaks.masks import find_masks
+from sparsetweaks.surgery.skips import inject_skips
 
 NETWORK = Network("resnet8", width=4)
 RECIPE = Recipe(epochs=2, batch_size=64, precision="float32")
@@ -287,9 +289,18 @@ def test_variants_are_put_together() -> None:
     assert variant("authors-TRT") == Tweaks(
         scales={}, scales_on="dense", smoothing=0.1, smoothing_form="wrong"
     )
-    assert variant("authors-skips").skips == {"shortcut": "project-all", "strength": 1.0}
     with pytest.raises(LotteryError, match="start must be one of ticket, late, trained, got 'early'"):
         Tweaks(start="early")
+
+
+def test_the_authors_skips_add_what_their_code_adds_to_resnet18() -> None:
+    model = build(Network("resnet18"), channels=3, classes=100, seed=0)
+    added = {
+        name: p.numel() for name, p in inject_skips(model, **variant("authors-AT").skips).named_parameters()
+        if ".skip." in name
+    }  # fmt: skip
+    assert sum(count for name, count in added.items() if "projection" in name) == 1_220_608
+    assert sum(count for name, count in added.items() if "norm" in name) == 2 * 4 * (64 + 128 + 256 + 512)
 
 
 def test_the_authors_skips_cost_what_they_cost_unless_matched(digits: Data, tickets: list[Ticket]) -> None:
