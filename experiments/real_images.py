@@ -24,12 +24,12 @@ import torch
 
 from sparsetweaks.lottery.config import VARIANTS, Network, Recipe, Tweaks
 from sparsetweaks.lottery.data import Data, load
-from sparsetweaks.lottery.draw import dense_ticket, draw_one_shot
+from sparsetweaks.lottery.draw import draw_one_shot
 from sparsetweaks.lottery.results import append_row, read_rows
 from sparsetweaks.lottery.spend import row, run_key, spend
-from sparsetweaks.lottery.store import Ticket
+from sparsetweaks.lottery.store import Ticket, dense_ticket
 
-NETWORK = Network(depth=20, width=16)
+NETWORK = Network("resnet20", width=16)
 RECIPE = Recipe(epochs=24)
 SIZE = 16  # pixels
 LIMIT = 1000  # training images per class, a tenth of which validate

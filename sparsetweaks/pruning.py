@@ -6,19 +6,21 @@ function to budgets, and every pair of them goes together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sparsetweaks.masks import apply_masks, masks_by_parameter
+from sparsetweaks.probing import Loss, Pair
 from sparsetweaks.prunable import Selection, prunable_weights
+from sparsetweaks.scores import SYNFLOW_STEPS, SynFlow, grasp_scores, snip_scores
 from sparsetweaks.selection import keep_highest_globally, keep_highest_per_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 
-Method = Literal["magnitude", "random"]
+Method = Literal["magnitude", "random", "snip", "grasp", "synflow"]
 Scope = Literal["global", "layer", "erk"]
 Of = Literal["all", "remaining"]
 
@@ -34,6 +36,8 @@ def prune(
     include: Selection | None = None,
     exclude: Selection | None = None,
     generator: torch.Generator | None = None,
+    batch: Pair | Iterable[Pair] | None = None,
+    loss: Loss | None = None,
 ) -> Model:
     """Return a copy of `model` with its least important weights pruned (paper, section 3).
 
@@ -48,7 +52,10 @@ def prune(
         sparsity: the fraction to remove, in [0, 1): of all prunable weights or, with `of="remaining"`, of
             those that are left. The number removed is rounded to the nearest whole weight.
         method: what makes a weight unimportant: `"magnitude"`, a small absolute value (the default, the
-            paper's), or `"random"`, a draw from `generator`.
+            paper's); `"random"`, a draw from `generator`; or, of an untrained network and a `batch`, `"snip"`,
+            little effect on the loss, `"grasp"`, little gain for the gradient's flow, and `"synflow"`, little
+            flow from input to output, in 100 steps (`snip_scores`, `grasp_scores` and `SynFlow` in
+            `sparsetweaks.scores` say which papers and how).
         scope: how many weights each layer keeps: `"global"`, as the scores of all layers together decide (the
             default, the paper's); `"layer"`, the same fraction in each; `"erk"`, densities proportional to
             the sum of a weight's dimensions over their product (Erdos-Renyi-Kernel: Evci et al., RigL, arXiv
@@ -58,6 +65,10 @@ def prune(
         layers, include, exclude: which weights are prunable, as in `prunable_weights`; by default
             convolutions.
         generator: for `method="random"`, which needs one. Other methods make no use of it.
+        batch: for `"snip"`, `"grasp"` and `"synflow"`, which need it: one pair (inputs, targets), or an iterable
+            of them that ends, over all of which the scores are summed. `"synflow"` takes the inputs' shape alone.
+        loss: for `"snip"` and `"grasp"`: maps (what the model returned, targets) to a scalar, a mean over the
+            samples; cross entropy if None.
 
     Returns:
         A new model with a bool buffer `<parameter>_mask` beside each prunable weight. Masks that were there
@@ -65,7 +76,8 @@ def prune(
 
     Raises:
         ValueError: sparsity outside [0, 1), or less than is pruned already; an unknown method, scope or `of`;
-            random without a generator; a score that is NaN; nothing to prune, or a wrong selection.
+            random without a generator, snip, grasp or synflow without a batch, or with one that does not fit; a
+            score that is NaN; nothing to prune, or a wrong selection.
 
     Example:
         >>> import torch
@@ -86,18 +98,52 @@ def prune(
     already = masks_by_parameter(model)
     masks = {name: already.get(w, torch.ones_like(w, dtype=torch.bool)) for name, w in weights.items()}
 
-    absolute = method == "magnitude"  # ranked by absolute value, without a copy of them
-    scores = weights if absolute else random_scores(weights, generator)
-    if scope == "global":
-        kept = _count_kept(masks.values(), sparsity, of, "the model")
-        new = keep_highest_globally(scores, masks, kept, absolute=absolute)
+    left = {name: int(mask.sum()) for name, mask in masks.items()}
+    if scope == "layer":
+        budgets = {name: _count_kept([mask], sparsity, of, repr(name)) for name, mask in masks.items()}
     else:
-        if scope == "layer":
-            budgets = {name: _count_kept([mask], sparsity, of, repr(name)) for name, mask in masks.items()}
+        kept = _count_kept(masks.values(), sparsity, of, "the model")
+        budgets = erk_budgets(masks, kept) if scope == "erk" else {}
+
+    absolute = method == "magnitude"  # ranked by absolute value, without a copy of them
+    score = _scorer(method, model, weights, batch, loss, generator)
+    steps = SYNFLOW_STEPS if method == "synflow" else 1
+    for step in range(1, steps + 1):
+        scores = score(masks)
+        if scope == "global":
+            count = _after(step / steps, sum(left.values()), kept)
+            masks = keep_highest_globally(scores, masks, count, absolute=absolute)
         else:
-            budgets = erk_budgets(masks, _count_kept(masks.values(), sparsity, of, "the model"))
-        new = keep_highest_per_layer(scores, masks, budgets, absolute=absolute)
-    return apply_masks(model, new)
+            counts = {name: _after(step / steps, left[name], budget) for name, budget in budgets.items()}
+            masks = keep_highest_per_layer(scores, masks, counts, absolute=absolute)
+    return apply_masks(model, masks)
+
+
+def _scorer(
+    method: Method,
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batch: Pair | Iterable[Pair] | None,
+    loss: Loss | None,
+    generator: torch.Generator | None,
+) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """A function that scores the weights beneath the masks of a step; what needs no steps is not asked twice."""
+    if method == "magnitude":
+        return lambda _: {name: weight.detach() for name, weight in weights.items()}
+    if method == "random":
+        return lambda _: random_scores(weights, generator)
+    if batch is None:
+        raise ValueError(f"method={method!r} scores on data: give batch=(inputs, targets)")
+    if method == "snip":
+        return lambda _: snip_scores(model, weights, batch, loss)
+    if method == "grasp":
+        return lambda _: grasp_scores(model, weights, batch, loss)
+    return SynFlow(model, weights, batch).scores
+
+
+def _after(share: float, start: int, end: int) -> int:
+    """How many are left of `start` after a share of the way to `end`, each step by the same ratio."""
+    return end if share == 1 else round(start * (end / start) ** share) if start else 0
 
 
 # ------------------------------------------------------------------------------------------------------------

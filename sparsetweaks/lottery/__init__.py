@@ -2,16 +2,22 @@
 
 The rooms, each of which uses only those above it:
 
-    config.py    what determines a run: network, recipe, tweaks
-    data.py      data sets as tensors in memory
-    models.py    the CIFAR-style ResNet of He et al.
-    store.py     tickets and trainings as files
-    train.py     the one training loop
-    spend.py     retraining a ticket with tweaks, one row of results per run
-    draw.py      iterative and one-shot magnitude pruning with rewinding
-    grid.py      independent runs, side by side
-    results.py   rows as a table and as a picture
-    demo.py      all of it on digits, in about two minutes
-    commands.py  the commands
-    cli.py       what starts them, and turns a user's mistakes into one line
+    config.py      what determines a run: network, recipe, tweaks
+    files.py       files that are there whole or not at all; one process per folder
+    data.py        data sets as tensors in memory
+    models.py      the paper's networks for small images, torchvision's, and a user's
+    store.py       tickets
+    train.py       the one training loop
+    spend.py       retraining a ticket with tweaks, one row of results per run
+    draw.py        tickets by iterative and one-shot magnitude pruning, without training, or of any mask
+    pools.py       Lottery Pools, the bar without tweaks
+    grid.py        independent runs, side by side
+    results.py     rows as a table, as statistics and as a picture
+    experiment.py  a comparison of variants over levels and seeds
+    demo.py        one on digits, in about two minutes
+    reproduce.py   the paper's figures, as experiments
+    report.py      a folder of results as one page
+    progress.py    how far a command is
+    commands.py    the commands
+    cli.py         what starts them, and turns a user's mistakes into one line
 """

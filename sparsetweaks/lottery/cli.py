@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from typing import NoReturn
 
@@ -15,6 +16,8 @@ def main() -> None:
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         _leave(FAILED, f"the command line needs {', '.join(missing)}: pip install 'sparsetweaks[lottery]'")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where a user's MODULE:FUNCTION is likely to be
     try:
         sys.exit(_run())
     except KeyboardInterrupt:

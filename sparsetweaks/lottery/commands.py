@@ -1,27 +1,41 @@
-"""The commands: `draw` tickets, `spend` them, `show` what came of it, or `demo` it all."""
+"""The commands: `draw` tickets, `spend` them, `show` or `report` what came of it, `reproduce` a figure; or `demo` it all."""
 
 from __future__ import annotations
 
+import json
 import os
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from tqdm import tqdm
 
 from sparsetweaks.lottery import demo as demonstration
-from sparsetweaks.lottery.config import VARIANTS, LotteryError, Network, Recipe, variant
-from sparsetweaks.lottery.data import Data, load
-from sparsetweaks.lottery.draw import FRACTION, LEVELS, draw, draw_one_shot, ticket_path
+from sparsetweaks.lottery.config import PARTS, LotteryError, Network, Recipe, variant
+from sparsetweaks.lottery.data import SPLIT_SEED, Data, load
+from sparsetweaks.lottery.draw import (
+    FRACTION,
+    LEVELS,
+    SCOPES,
+    UNTRAINED,
+    draw,
+    draw_by_masks,
+    draw_one_shot,
+    draw_untrained,
+    ticket_path,
+)
+from sparsetweaks.lottery.files import alone
+from sparsetweaks.lottery.pools import NAME as POOLS
+from sparsetweaks.lottery.pools import pool, pool_row
+from sparsetweaks.lottery.progress import Progress
+from sparsetweaks.lottery.report import report
+from sparsetweaks.lottery.reproduce import PRESETS, experiments, overview, reproduce
 from sparsetweaks.lottery.results import append_row, plot, read_rows, summarise, table
 from sparsetweaks.lottery.spend import row, spend
-from sparsetweaks.lottery.store import Ticket, check_writable, load_ticket
-from sparsetweaks.lottery.train import Trained
+from sparsetweaks.lottery.store import Ticket, load_ticket
 
 FRACTIONS = click.FloatRange(0, 1, min_open=True, max_open=True)
 COUNT = click.IntRange(min=1)
@@ -43,11 +57,16 @@ def options(*given: Decorator) -> Decorator:
 
 
 DATA_OPTIONS = options(
-    click.option("--data", "source", default="digits", help="'digits', or a folder of images."),
+    click.option(
+        "--data", "source", default="digits", help="'digits', or a folder: CIFAR, Tiny-ImageNet, any images."
+    ),
     click.option(
         "--size", type=click.IntRange(min=2), help="Pixels to bring the images to.  [default: as they are]"
     ),
     click.option("--limit", type=click.IntRange(min=2), help="Training images per class.  [default: all]"),
+    click.option(
+        "--split-seed", type=click.IntRange(min=0), default=SPLIT_SEED, help="Of the random 9:1 splits."
+    ),
     click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to train."),
 )
 RECIPE_OPTIONS = options(
@@ -63,6 +82,7 @@ RECIPE_OPTIONS = options(
     click.option(
         "--compile/--no-compile", "compiled", default=_DEFAULT.compile, help="torch.compile the network."
     ),
+    click.option("--tensorboard", is_flag=True, help="Write event files below OUT/events."),
 )
 OUT_OPTION = click.option(
     "--out", type=click.Path(path_type=Path), default=Path("runs"), help="Folder to keep all in."
@@ -77,8 +97,14 @@ def commands() -> None:
 
 @commands.command("draw")
 @DATA_OPTIONS
-@click.option("--depth", type=int, default=Network.depth, help="Layers of the ResNet, 6n + 2.")
-@click.option("--width", type=COUNT, default=Network.width, help="Channels of its first stage.")
+@click.option("--model", "name", default=Network.name, help="Ours, torchvision:NAME, or MODULE:FUNCTION.")
+@click.option("--width", type=COUNT, help="Channels of its first stage.  [default: as published]")
+@click.option(
+    "--method",
+    type=click.Choice(["magnitude", *UNTRAINED]),
+    default="magnitude",
+    help="What chooses the weights.",
+)
 @click.option("--levels", type=COUNT, default=LEVELS, help="Rounds of iterative magnitude pruning.")
 @click.option(
     "--fraction", type=FRACTIONS, default=FRACTION, help="Of the remaining weights to prune per level."
@@ -86,26 +112,48 @@ def commands() -> None:
 @click.option(
     "--sparsity", "sparsities", type=FRACTIONS, multiple=True, help="Prune to this in one shot instead."
 )
+@click.option(
+    "--scope", type=click.Choice(SCOPES), default="global", help="Shares of layers, without training."
+)
+@click.option(
+    "--masks", type=click.Path(path_type=Path), help="A file of masks from elsewhere to take instead."
+)
 @click.option("--rewind-epoch", type=click.IntRange(min=0), default=0, help="0 is the initialisation.")
 @RECIPE_OPTIONS
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 @OUT_OPTION
 def draw_command(
-    source: str, size: int | None, limit: int | None, device: str, depth: int, width: int, levels: int, fraction: float,
-    sparsities: tuple[float, ...], rewind_epoch: int, seed: int, out: Path, **recipe: Any,
+    name: str, width: int | None, method: str, levels: int, fraction: float, sparsities: tuple[float, ...], scope: str,
+    masks: Path | None, rewind_epoch: int, seed: int, out: Path, **options: Any,
 ) -> None:  # fmt: skip
-    """Draw tickets: train, prune the smallest weights, rewind the others, repeat."""
-    check_writable(out)
-    network, data = Network(depth, width), _data(source, size, limit, device, out)
-    plan = _recipe(**recipe)
-    trainings = 1 if sparsities else levels
-    common: dict[str, Any] = {"seed": seed, "folder": out, "rewind_epoch": rewind_epoch}
-    with Progress(trainings * plan.epochs, "epoch") as progress:
-        common |= {"on_epoch": progress.epoch, "on_ticket": lambda ticket: progress.line(_describe(ticket))}
-        if sparsities:
-            tickets = draw_one_shot(data, network, plan, sparsities=sparsities, **common)
-        else:
-            tickets = draw(data, network, plan, levels=levels, fraction=fraction, **common)
+    """Draw tickets: train, prune the smallest weights, rewind the others, repeat; or without training."""
+    network, (data, events, plan) = Network(name, width), _split(options)
+    if method != "magnitude" and not sparsities:
+        raise LotteryError(f"--method {method} prunes once, before any training: say to which --sparsity")
+    with alone(out):
+        images = _data(out, **data)
+        trainings = 0 if masks or method != "magnitude" else 1 if sparsities else levels
+        with Progress(
+            trainings * plan.epochs, "epoch", events=out / "events" if events else None
+        ) as progress:
+
+            def kept(ticket: Ticket) -> None:
+                progress.reach(ticket.level * plan.epochs)
+                progress.line(_describe(ticket))
+
+            common: dict[str, Any] = {"seed": seed, "folder": out, "on_ticket": kept}
+            trained: dict[str, Any] = {"rewind_epoch": rewind_epoch, "on_epoch": progress.epoch}
+            if masks is not None:
+                tickets = draw_by_masks(images, network, masks, **common)
+            elif method != "magnitude":
+                tickets = draw_untrained(
+                    images, network, method=method, scope=scope, sparsities=sparsities, **common
+                )
+            elif sparsities:
+                tickets = draw_one_shot(images, network, plan, sparsities=sparsities, **common, **trained)
+            else:
+                tickets = draw(images, network, plan, levels=levels, fraction=fraction, **common, **trained)
+        _log(out, "draw", {"model": name, "width": network.width, "seed": seed, **data}, plan)
     for ticket in tickets:
         click.echo(ticket_path(out, ticket))
 
@@ -113,9 +161,10 @@ def draw_command(
 @commands.command("spend")
 @click.argument("tickets", nargs=-1, required=True, type=click.Path(path_type=Path))
 @DATA_OPTIONS
+@click.option("--model", help="The MODULE:FUNCTION to allow, where tickets are of a network of yours.")
 @click.option(
     "--variant", "names", multiple=True, default=("vanilla", "AT", "TRT", "AT+TRT"),
-    help=f"Which tweaks, of: {', '.join(VARIANTS)}.",
+    help=f"Which tweaks, joined by +, of: {', '.join(PARTS)}; or {POOLS}, which interpolates the tickets.",
 )  # fmt: skip
 @RECIPE_OPTIONS
 @click.option(
@@ -123,32 +172,41 @@ def draw_command(
 )
 @OUT_OPTION
 def spend_command(
-    tickets: tuple[Path, ...], source: str, size: int | None, limit: int | None, device: str,
-    names: tuple[str, ...], seeds: tuple[int, ...], out: Path, **recipe: Any,
+    tickets: tuple[Path, ...], model: str | None, names: tuple[str, ...], seeds: tuple[int, ...], out: Path,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Retrain TICKETS with tweaks and without; add a row of results per run, and print the table."""
-    check_writable(out)
-    chosen = {name: variant(name) for name in names}
-    loaded = [load_ticket(path) for path in tickets]
-    data, plan, rows = _data(source, size, limit, device, out), _recipe(**recipe), out / "results.csv"
-    known = {(each["run"], each["variant"]) for each in read_rows(rows)}
-    cells = [
-        (t, name, seed)
-        for t in loaded
-        for name in (chosen if t.level else ["vanilla"])
-        for seed in seeds or [t.seed]
-    ]
-    with Progress(len(cells) * plan.epochs, "epoch") as progress:
-        for ticket, name, seed in cells:
-            tweaks = chosen.get(name, VARIANTS[name])
-            trained = spend(
-                ticket, tweaks, data, plan, seed=seed, folder=out / "runs", on_epoch=progress.epoch
-            )
-            result = row(ticket, name, tweaks, data, plan, trained, seed=seed)
-            if (result["run"], name) not in known:
-                append_row(rows, result)
-            progress.line(f"{_describe(ticket)}, {name}, seed {seed}: {100 * result['test']:.1f} % in test")
-    _show(out)
+    (data, events, plan), chosen = _split(options), dict.fromkeys(names)
+    tweaks = {name: variant(name) for name in (*chosen, "vanilla") if name != POOLS}
+    with alone(out):
+        loaded = [load_ticket(path, model=model) for path in tickets]
+        images, rows = _data(out, **data), out / "results.csv"
+        known = {(each["run"], each["variant"]) for each in read_rows(rows)}
+        cells = [
+            (t, name, seed)
+            for t in loaded
+            for name in (chosen if t.level else ["vanilla"])
+            for seed in seeds or [t.seed]
+        ]
+        with Progress(
+            len(cells) * plan.epochs, "epoch", events=out / "events" if events else None
+        ) as progress:
+            for number, (ticket, name, seed) in enumerate(cells, 1):
+                common: dict[str, Any] = {"seed": seed, "folder": out / "runs"}
+                if name == POOLS:
+                    trained = pool(ticket, loaded, images, plan, **common)
+                    result = pool_row(ticket, loaded, images, plan, trained, seed=seed)
+                else:
+                    common |= {"name": name, "on_epoch": progress.epoch}
+                    trained = spend(ticket, tweaks[name], images, plan, **common)
+                    result = row(ticket, name, tweaks[name], images, plan, trained, seed=seed)
+                if (result["run"], name) not in known:
+                    append_row(rows, result)
+                progress.reach(number * plan.epochs)
+                accuracy = f"{100 * result['test']:.1f} % in test"
+                progress.line(f"{_describe(ticket)}, {name}, seed {seed}: {accuracy}; {progress.left()}")
+        _log(out, "spend", {"variants": list(names), **data}, plan)
+        _show(out)
 
 
 @commands.command("show")
@@ -158,6 +216,43 @@ def show_command(out: Path) -> None:
     if not (out / "results.csv").is_file():
         raise LotteryError(f"{out / 'results.csv'} does not exist: spend some tickets first")
     _show(out)
+
+
+@commands.command("report")
+@click.argument("folder", type=click.Path(path_type=Path))
+def report_command(folder: Path) -> None:
+    """Write FOLDER/report.html: all results there on one page that needs no other file."""
+    click.echo(report(folder))
+
+
+@commands.command("reproduce")
+@click.argument("figure", required=False, metavar="[FIGURE]")
+@click.option("--list", "listed", is_flag=True, help="What there is, what each costs, and what is done.")
+@click.option("--preset", default="digits", help=f"How large: {', '.join(PRESETS)}.")
+@click.option("--data", multiple=True, help="Folders of images, for presets that bring none.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to train.")
+@click.option("--processes", type=COUNT, default=1, help="Runs at a time, a thread each.")
+@OUT_OPTION
+def reproduce_command(
+    figure: str | None,
+    listed: bool,
+    preset: str,
+    data: tuple[str, ...],
+    device: str,
+    processes: int,
+    out: Path,
+) -> None:
+    """Reproduce a FIGURE of the paper: picture, numbers, and a line of comparison. What figures share runs once."""
+    if listed or figure is None:
+        click.echo(overview(out))
+        return
+    experiments(figure, preset, data)
+    check_device(device)
+    with alone(out), Progress(0, "stage") as progress:
+        watch: dict[str, Any] = {"on_run": progress.so_far, "on_epoch": progress.within}
+        told = reproduce(figure, preset, out, data=data, device=device, processes=processes, **watch)
+        _log(out, "reproduce", {"figure": figure, "preset": preset, "data": data}, PRESETS[preset].recipe)
+    click.echo(f"{told}\n\npicture: {out / 'figures' / f'{figure}-{preset}.png'}")
 
 
 @commands.command("demo")
@@ -171,7 +266,7 @@ def show_command(out: Path) -> None:
 def demo_command(processes: int, out: Path, epochs: int, levels: int, seeds: int) -> None:
     """Draw and spend tickets of scikit-learn's digits, in about two minutes, and draw the picture."""
     started = time.monotonic()
-    with Progress(0, "run") as progress:
+    with alone(out), Progress(0, "run") as progress:
         demonstration.demo(
             out, seeds=range(seeds), levels=levels, recipe=replace(demonstration.RECIPE, epochs=epochs),
             processes=processes, on_run=progress.so_far,
@@ -180,49 +275,39 @@ def demo_command(processes: int, out: Path, epochs: int, levels: int, seeds: int
     click.echo(f"{time.monotonic() - started:.0f} seconds")
 
 
-class Progress:
-    """A bar with the time left on a terminal, else a line per stage; both on stderr, as stdout is for results."""
-
-    def __init__(self, total: int, unit: str) -> None:
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, unit=unit, disable=not self.terminal, leave=False)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def epoch(self, trained: Trained) -> None:
-        self.bar.set_postfix_str(f"validation {100 * trained.validation:.1f} %", refresh=False)
-        self.bar.update()
-
-    def so_far(self, done: int, total: int) -> None:
-        if not self.terminal:
-            print(f"{done} of {total} runs", file=sys.stderr, flush=True)
-        self.bar.total = total
-        self.bar.update(done - self.bar.n)
-
-    def line(self, text: str) -> None:
-        self.bar.write(text, file=sys.stderr)
+def _split(options: dict[str, Any]) -> tuple[dict[str, Any], bool, Recipe]:
+    """The options of a command apart: of the data, whether to write event files, and of the recipe."""
+    data = {name: options.pop(name) for name in ("source", "size", "limit", "split_seed", "device")}
+    events, compiled = options.pop("tensorboard"), options.pop("compiled")
+    return data, events, Recipe(compile=compiled, **options)
 
 
-def _data(source: str, size: int | None, limit: int | None, device: str, out: Path) -> Data:
+def _data(out: Path, source: str, size: int | None, limit: int | None, split_seed: int, device: str) -> Data:
+    check_device(device)
+    data = load(source, size=size, limit=limit, split_seed=split_seed, cache=out / "cache")
+    return data.to(device)
+
+
+def check_device(device: str) -> None:
+    """Raise a LotteryError unless tensors can live there."""
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise LotteryError(f"cannot train on the device {device!r}: {str(error).splitlines()[0]}") from error
-    return load(source, size=size, limit=limit, cache=out / "cache").to(device)
+        raise LotteryError(
+            f"cannot train on the device {device!r}: {str(error).splitlines()[0]}; --device cpu works everywhere"
+        ) from error
 
 
-def _recipe(compiled: bool, **given: Any) -> Recipe:
-    return Recipe(compile=compiled, **given)
+def _log(out: Path, command: str, options: dict[str, Any], recipe: Recipe) -> None:
+    """Add what was asked for to a file beside the results, for `report`."""
+    told = {"command": command, **options, "recipe": asdict(recipe), "torch": torch.__version__}
+    with (out / "commands.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **told}, default=str) + "\n")
 
 
 def _describe(ticket: Ticket) -> str:
-    return (
-        f"{ticket.network.name} on {ticket.data}, level {ticket.level}, {100 * ticket.sparsity:.1f} % sparse"
-    )
+    sparse = f"level {ticket.level}, {100 * ticket.sparsity:.1f} % sparse" if ticket.level else "dense"
+    return f"{ticket.network.name} on {ticket.data}, {sparse}"
 
 
 def _show(out: Path) -> None:

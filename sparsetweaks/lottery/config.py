@@ -15,27 +15,75 @@ class LotteryError(ValueError):
     """What a user can put right: a missing folder, a broken ticket, a loss that is not finite."""
 
 
+FAMILIES = {  # own networks for small images, and the channels of their first stage, each as published
+    "resnet18": 64,  # He et al. 2016, with a 3x3 stem of stride 1, as is usual for CIFAR
+    "resnet34": 64,
+    "vgg16": 64,  # Simonyan and Zisserman 2014, with BatchNorm and one linear layer
+    "mobilenet_v1": 32,  # Howard et al. 2017
+    "mobilenet_v2": 32,  # Sandler et al. 2018
+}
+SMALL_WIDTH = 16  # of resnet20, plain20 and the others of 6n + 2 layers (He et al. 2016, 4.2)
+
+
 @dataclass(frozen=True)
 class Network:
-    """A CIFAR-style ResNet (He et al. 2016, section 4.2): `depth` = 6n + 2 layers, `width` channels in the first stage.
+    """Which network: one of ours, torchvision's, or a user's.
+
+    Ours are for small images: `resnet18`, `resnet34`, `vgg16`, `mobilenet_v1`, `mobilenet_v2`, and He et al.'s of
+    6n + 2 layers, with residuals (`resnet20`, `resnet32`, ...) or without (`plain20`, ...). `torchvision:NAME` is
+    `torchvision.models.get_model(NAME)`; `MODULE:FUNCTION` calls a function of yours with `channels` and `classes`.
 
     Example:
-        >>> Network(depth=20, width=16).name
-        'resnet20'
+        >>> Network("resnet20"), Network("torchvision:resnet50").family
+        (Network(name='resnet20', width=16), 'torchvision')
     """
 
-    depth: int = 20
-    width: int = 16
+    name: str = "resnet20"
+    width: int | None = None  # channels of the first stage; None becomes the published one; others have none
 
     def __post_init__(self) -> None:
-        if self.depth < 8 or (self.depth - 2) % 6:
-            raise LotteryError(f"depth must be 6n + 2 (8, 14, 20, 32, ...), got {self.depth}")
-        if self.width < 1:
+        if self.family in ("torchvision", "user"):
+            if self.width is not None:
+                raise LotteryError(f"{self.name} has no width: that is for the networks that are ours")
+            return
+        if self.family in ("resnet", "plain") and (self.depth < 8 or (self.depth - 2) % 6):
+            raise LotteryError(f"{self.name}: depth must be 6n + 2 (8, 14, 20, 32, ...), 18 or 34")
+        if self.width is None:
+            object.__setattr__(self, "width", FAMILIES.get(self.name, SMALL_WIDTH))
+        if self.channels < 1:
             raise LotteryError(f"width must be at least 1, got {self.width}")
 
     @property
-    def name(self) -> str:
-        return f"resnet{self.depth}"
+    def family(self) -> str:
+        """Which kind of network the name says."""
+        if ":" in self.name:
+            return "torchvision" if self.name.startswith("torchvision:") else "user"
+        if self.name in FAMILIES:
+            return self.name
+        kind = self.name.rstrip("0123456789")
+        if kind not in ("resnet", "plain") or kind == self.name:
+            raise LotteryError(
+                f"unknown network {self.name!r}; choose from {', '.join(FAMILIES)}, resnet20, plain20 (and other depths "
+                "of 6n + 2), torchvision:NAME, or MODULE:FUNCTION"
+            )
+        return kind
+
+    @property
+    def depth(self) -> int:
+        """How many layers the name says; only for those of 6n + 2."""
+        return int(self.name.lstrip("abcdefghijklmnopqrstuvwxyz"))
+
+    @property
+    def channels(self) -> int:
+        """The width, of a network that has one."""
+        assert self.width is not None
+        return self.width
+
+    @property
+    def slug(self) -> str:
+        """The name for use in a file's name."""
+        name = self.name.replace(":", "-").replace("/", "-")
+        return name if self.width is None else f"{name}w{self.width}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +106,12 @@ class Recipe:
         "auto"  # "float32", "bfloat16", or "auto": bfloat16 where the processor multiplies it natively
     )
     compile: bool = False
+    average_from: float | None = (
+        None  # fraction of the epochs from which weights are averaged, None for never
+    )
+    average_rate: float = (
+        0.5  # learning rate meanwhile, as a fraction of the highest (Izmailov et al.: 0.05 of 0.1)
+    )
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2:
@@ -82,46 +136,89 @@ class Tweaks:
     skips: dict[str, Any] | None = None  # options of `inject_skips`; {} is its defaults, None is no skips
     activation: str | None = None
     scales: dict[str, Any] | None = None  # options of `learn_layer_scales`
+    scales_on: str = (
+        "ticket"  # "dense": learned on the dense network and masked then, as one of the authors' scripts
+    )
     smoothing: float = 0.0
+    smoothing_form: str = "uniform"  # or "wrong", see `SoftLabelLoss`
+    distillation: bool = False  # learn from the dense network's answers
+    start: str = "ticket"  # weights to start from: the ticket's, "late" (rewound to an epoch), "trained"
+    averaging: bool = False  # of the weights over the last quarter of the epochs
+    matched: bool = True  # what tweaks add is pruned elsewhere; the budget is the ticket's own
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("scales_on", self.scales_on, ("ticket", "dense")),
+            ("start", self.start, ("ticket", "late", "trained")),
+        ):
+            if value not in known:
+                raise LotteryError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
     @property
     def uses_architecture(self) -> bool:
         return self.skips is not None or self.activation is not None
 
 
-VARIANTS: dict[str, Tweaks] = {
-    "vanilla": Tweaks(),
-    "AT": Tweaks(skips={}, activation="swish"),
-    "TRT": Tweaks(scales={}, smoothing=SMOOTHING),
-    "AT+TRT": Tweaks(skips={}, activation="swish", scales={}, smoothing=SMOOTHING),
-    "skips": Tweaks(skips={}),
-    "swish": Tweaks(activation="swish"),
-    "mish": Tweaks(activation="mish"),
-    "scales": Tweaks(scales={}),
-    "smoothing": Tweaks(smoothing=SMOOTHING),
+_AUTHORS_SKIPS = {
+    "shortcut": "project-all",
+    "strength": 1.0,
+    "where": "*.conv[12]",
+}  # of basic blocks, and no others
+PARTS: dict[str, dict[str, Any]] = {
+    "vanilla": {},
+    "AT": {"skips": {}, "activation": "swish"},
+    "TRT": {"scales": {}, "smoothing": SMOOTHING},
+    "skips": {"skips": {}},
+    "swish": {"activation": "swish"},
+    "mish": {"activation": "mish"},
+    "scales": {"scales": {}},
+    "smoothing": {"smoothing": SMOOTHING},
+    "KD": {"distillation": True, "smoothing": 0.0},  # in place of smoothing, as in the paper's figure 9
+    "rewinding": {"start": "late"},  # Frankle et al. 2019; the paper, 4.5
+    "lr-rewinding": {
+        "start": "trained"
+    },  # Renda et al. 2020: the trained weights, the learning rate from the start
+    "SWA": {"averaging": True},  # Izmailov et al. 2018; the paper names it in 3.3
+    "unmatched": {"matched": False},
+    # where the authors' code parts from their paper
+    "authors-skips": {"skips": _AUTHORS_SKIPS},
+    "authors-scales": {"scales": {}, "scales_on": "dense"},
+    "authors-smoothing": {"smoothing": SMOOTHING, "smoothing_form": "wrong"},
+    "authors-AT": {"skips": _AUTHORS_SKIPS, "activation": "swish"},
+    "authors-TRT": {"scales": {}, "scales_on": "dense", "smoothing": SMOOTHING, "smoothing_form": "wrong"},
 }
-"""The paper's combinations and each tweak by itself."""
+"""What variants are put together from by "+", the later deciding where two say different things."""
 
 
 def variant(name: str) -> Tweaks:
-    """Look up a set of tweaks by name.
+    """Read a set of tweaks from its name.
 
     Args:
-        name: one of `VARIANTS`.
+        name: parts of `PARTS`, joined by "+", such as "AT+TRT+rewinding".
 
     Returns:
         Its tweaks.
 
     Raises:
-        LotteryError: for a name that is not there; lists those that are.
+        LotteryError: for a part that is not there; lists those that are.
 
     Example:
-        >>> variant("smoothing").smoothing
-        0.1
+        >>> variant("swish+smoothing") == Tweaks(activation="swish", smoothing=0.1)
+        True
     """
-    if name not in VARIANTS:
-        raise LotteryError(f"unknown variant {name!r}; choose from {', '.join(VARIANTS)}")
-    return VARIANTS[name]
+    chosen: dict[str, Any] = {}
+    for part in name.split("+"):
+        if part not in PARTS:
+            raise LotteryError(f"unknown variant {part!r}; choose from {', '.join(PARTS)}, or join some by +")
+        chosen |= PARTS[part]
+    return Tweaks(**chosen)
+
+
+VARIANTS: dict[str, Tweaks] = {
+    name: variant(name)
+    for name in ("vanilla", "AT", "TRT", "AT+TRT", "skips", "swish", "mish", "scales", "smoothing")
+}
+"""The paper's combinations and each tweak by itself."""
 
 
 def key(*parts: Any) -> str:

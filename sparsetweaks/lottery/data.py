@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,10 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsetweaks.lottery.config import LotteryError
+from sparsetweaks.lottery.files import first_line
+from sparsetweaks.lottery.files import load as load_file
+from sparsetweaks.lottery.files import save as save_file
 
 VALIDATION = 0.1  # the paper: training images are split 9:1 at random
+TEST = 0.1  # of a folder without a split of its own
 DIGITS_TEST = 0.2  # scikit-learn's digits come without a split
 SPLIT_SEED = 0  # one split for all runs, so that a ticket never sees its validation images under another seed
+CIFAR = {
+    "CIFAR10": "cifar-10-batches-py",
+    "CIFAR100": "cifar-100-python",
+}  # torchvision's class, and its folder
 Examples = list[tuple[Path, int]]  # an image file and its label
 
 
@@ -71,25 +80,26 @@ def load(
     *,
     size: int | None = None,
     limit: int | None = None,
+    split_seed: int = SPLIT_SEED,
     cache: Path | None = None,
 ) -> Data:
     """Load a data set by name or folder; the folder's layout is recognised.
 
     Args:
-        source: `"digits"` (scikit-learn's, 1,797 grey images of 8 by 8, no download), or a folder: `train/` and
-            `test/` with one folder of images per class, torchvision's CIFAR10 or CIFAR100, or Tiny-ImageNet as it
-            is distributed.
+        source: `"digits"` (scikit-learn's, 1,797 grey images of 8 by 8, no download), or a folder: torchvision's CIFAR10
+            or CIFAR100, Tiny-ImageNet as it is distributed, `train/` and `test/` with one folder of images per class, or
+            one folder of images per class alone, of which a tenth becomes the test images.
         size: height and width in pixels to bring the images to; default: as they are.
         limit: at most this many training images per class, always the same ones; default: all.
+        split_seed: of the random 9:1 splits; the same for all runs, so that a ticket never sees its validation images.
         cache: a folder to keep decoded images in, as decoding takes longer than reading them back; default: none.
 
     Returns:
         The data, on the CPU, its training images split 9:1 into training and validation (the paper, 4).
 
     Raises:
-        LotteryError: for a source that is neither, a file that is no image, a class without images, or images that
-            differ in size.
-            differ in size.
+        LotteryError: for a source that is neither, a layout that is none of these, a file that is missing, damaged or no
+            image, a class with too few images, or images that differ in size.
 
     Example:
         >>> data = load("digits")
@@ -104,23 +114,24 @@ def load(
         name, (train, test, classes) = "digits", _digits()
     elif not folder.is_dir():
         raise LotteryError(f"unknown data set {str(source)!r}: neither 'digits' nor a folder that exists")
-    elif (folder / "cifar-10-batches-py").is_dir():
-        name, (train, test, classes) = "cifar10", _cifar(folder, "CIFAR10")
-    elif (folder / "cifar-100-python").is_dir():
-        name, (train, test, classes) = "cifar100", _cifar(folder, "CIFAR100")
-    elif (folder / "val" / "val_annotations.txt").is_file():
-        examples = _tiny_imagenet(folder, limit)
-        name, (train, test, classes) = "tiny-imagenet", _decoded(*examples, size=size, cache=cache)
+    elif cifar := next((name for name in CIFAR if _holds(folder, CIFAR[name])), None):
+        name, (train, test, classes) = cifar.lower(), _cifar(folder, cifar)
     else:
-        name, (train, test, classes) = (
-            folder.resolve().name,
-            _decoded(*_class_folders(folder, limit), size=size, cache=cache),
-        )
+        if (folder / "val" / "val_annotations.txt").is_file():
+            name, (train_files, test_files, classes) = "tiny-imagenet", _tiny_imagenet(folder, limit)
+        elif (folder / "train").is_dir() or (folder / "test").is_dir():
+            name, (train_files, test_files, classes) = folder.resolve().name, _class_folders(folder, limit)
+        else:
+            name, (train_files, test_files, classes) = (
+                folder.resolve().name,
+                _one_folder(folder, limit, split_seed),
+            )
+        train, test = _decoded(train_files, test_files, size=size, cache=cache)
     if size is not None:
         train, test = _resized(train, size), _resized(test, size)
     if limit is not None:
         train = _limited(train, limit)
-    return _prepare(name, train, test, classes)
+    return _prepare(name, train, test, classes, split_seed)
 
 
 def batches(
@@ -185,11 +196,11 @@ def augment(images: Tensor, *, padding: int, flip: bool, generator: torch.Genera
     return images
 
 
-def _prepare(name: str, train: Images, test: Images, classes: tuple[str, ...]) -> Data:
-    digest = hashlib.sha256()
+def _prepare(name: str, train: Images, test: Images, classes: tuple[str, ...], split_seed: int) -> Data:
+    digest = hashlib.sha256(f"{split_seed}".encode())
     for part in (train, test):
         digest.update(part.images.contiguous().numpy().tobytes() + part.labels.numpy().tobytes())
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(split_seed))
     held_out = max(1, round(VALIDATION * len(train)))
     train, validation = train[order[held_out:]], train[order[:held_out]]
     if len(train) < 2:
@@ -224,12 +235,22 @@ def _digits() -> tuple[Images, Images, tuple[str, ...]]:
     return everything[order[held_out:]], everything[order[:held_out]], tuple("0123456789")
 
 
+def _holds(folder: Path, inside: str) -> bool:
+    return (folder / inside).is_dir() or folder.name == inside
+
+
 def _cifar(folder: Path, name: str) -> tuple[Images, Images, tuple[str, ...]]:
     try:
         from torchvision import datasets
     except ImportError:
         raise LotteryError(f"reading {name} needs torchvision: pip install torchvision") from None
-    parts = [getattr(datasets, name)(folder, train=train) for train in (True, False)]
+    root = folder.parent if folder.name == CIFAR[name] else folder
+    try:
+        parts = [getattr(datasets, name)(root, train=train) for train in (True, False)]
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise LotteryError(
+            f"{root / CIFAR[name]} is not {name} as it is distributed, or is damaged: unpack it anew ({first_line(error)})"
+        ) from error
     train, test = (
         Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for part in parts
@@ -244,11 +265,7 @@ def _class_folders(folder: Path, limit: int | None) -> tuple[Examples, Examples,
             raise LotteryError(
                 f"{folder} has no folder {part!r}: an image folder holds train/<class>/ and test/<class>/"
             )
-    classes = tuple(
-        sorted(entry.name for entry in (folder / "train").iterdir() if _visible(entry) and entry.is_dir())
-    )
-    if len(classes) < 2:
-        raise LotteryError(f"{folder / 'train'} holds {len(classes)} class folders; at least 2 are needed")
+    classes = _classes(folder / "train")
     for entry in sorted((folder / "test").iterdir()):
         if _visible(entry) and entry.name not in classes:
             raise LotteryError(
@@ -257,22 +274,77 @@ def _class_folders(folder: Path, limit: int | None) -> tuple[Examples, Examples,
     train = [
         (file, label)
         for label, name in enumerate(classes)
-        for file in _sample(folder / "train" / name, limit)
+        for file in _sample(_enough(folder / "train" / name, 2), limit)
     ]
     test = [(file, label) for label, name in enumerate(classes) for file in _files(folder / "test" / name)]
     return train, test, classes
 
 
+def _one_folder(folder: Path, limit: int | None, seed: int) -> tuple[Examples, Examples, tuple[str, ...]]:
+    """`<class>/*`, a random tenth of each class for testing."""
+    classes = _classes(folder)
+    train: Examples = []
+    test: Examples = []
+    for label, name in enumerate(classes):
+        files = _enough(folder / name, 3)
+        random.Random(seed).shuffle(files)
+        held_out = max(1, round(TEST * len(files)))
+        test += [(file, label) for file in sorted(files[:held_out])]
+        train += [(file, label) for file in _sample(sorted(files[held_out:]), limit)]
+    return train, test, classes
+
+
 def _tiny_imagenet(folder: Path, limit: int | None) -> tuple[Examples, Examples, tuple[str, ...]]:
     """As distributed: its test labels were never published, so its validation images are the test set, as is usual."""
-    classes = tuple(sorted(entry.name for entry in (folder / "train").iterdir() if _visible(entry)))
+    if not (folder / "train").is_dir():
+        raise LotteryError(
+            f"{folder} has val/val_annotations.txt but no folder 'train': unpack Tiny-ImageNet anew"
+        )
+    classes = _classes(folder / "train")
     label_of = {name: label for label, name in enumerate(classes)}
     train = [
-        (f, label_of[name]) for name in classes for f in _sample(folder / "train" / name / "images", limit)
+        (file, label)
+        for name, label in label_of.items()
+        for file in _sample(_enough(folder / "train" / name / "images", 2), limit)
     ]
-    lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
-    fields = [line.split("\t") for line in lines if line]
-    return train, [(folder / "val" / "images" / f[0], label_of[f[1]]) for f in fields], classes
+    annotations = folder / "val" / "val_annotations.txt"
+    test: Examples = []
+    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), 1):
+        fields = line.split("\t")
+        if not line.strip():
+            continue
+        if len(fields) < 2 or fields[1] not in label_of:
+            raise LotteryError(
+                f"{annotations}, line {number}, is not 'image<TAB>class of train/<TAB>...': {line!r}"
+            )
+        file = folder / "val" / "images" / fields[0]
+        if not file.is_file():
+            raise LotteryError(
+                f"{file} is missing, which {annotations.name} names: unpack Tiny-ImageNet anew"
+            )
+        test.append((file, label_of[fields[1]]))
+    if not test:
+        raise LotteryError(f"{annotations} names no images: unpack Tiny-ImageNet anew")
+    return train, test, classes
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    classes = tuple(sorted(entry.name for entry in folder.iterdir() if _visible(entry) and entry.is_dir()))
+    if len(classes) < 2:
+        raise LotteryError(
+            f"{folder} holds {len(classes)} class folders; at least 2 are needed. Understood are CIFAR-10 and CIFAR-100 "
+            "as torchvision has them, Tiny-ImageNet as it is distributed, train/<class>/ and test/<class>/, or <class>/"
+        )
+    return classes
+
+
+def _enough(folder: Path, count: int) -> list[Path]:
+    files = _files(folder)
+    if len(files) < count:
+        needs = "to train and to validate" if count == 2 else "to train, to validate and to test"
+        images = "one image" if len(files) == 1 else f"{len(files)} images"
+        raise LotteryError(f"{folder} holds {images}; at least {count} are needed, {needs} on")
+    return files
 
 
 def _files(folder: Path) -> list[Path]:
@@ -281,17 +353,19 @@ def _files(folder: Path) -> list[Path]:
     files = sorted(entry for entry in folder.iterdir() if _visible(entry))
     if not files:
         raise LotteryError(f"{folder} holds no images")
+    for file in files:
+        if file.is_dir():
+            raise LotteryError(
+                f"{file} is a folder, where images of one class were looked for: is the layout another?"
+            )
     return files
 
 
-def _sample(folder: Path, limit: int | None) -> list[Path]:
+def _sample(files: list[Path], limit: int | None) -> list[Path]:
     """All files of a class, or a random choice that is always the same."""
-    files = _files(folder)
-    return (
-        files
-        if limit is None or limit >= len(files)
-        else sorted(random.Random(SPLIT_SEED).sample(files, limit))
-    )
+    if limit is None or limit >= len(files):
+        return files
+    return sorted(random.Random(SPLIT_SEED).sample(files, limit))
 
 
 def _visible(entry: Path) -> bool:
@@ -313,32 +387,23 @@ def _resized(part: Images, size: int) -> Images:
 
 
 def _decoded(
-    train: Examples, test: Examples, classes: tuple[str, ...], *, size: int | None, cache: Path | None
-) -> tuple[Images, Images, tuple[str, ...]]:
+    train: Examples, test: Examples, *, size: int | None, cache: Path | None
+) -> tuple[Images, Images]:
     """Decode two lists of files, or read what an earlier call decoded from the same files (same path, length and time)."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
     if cache is None:
-        return _decode(train, size), _decode(test, size), classes
+        return _decode(train, size), _decode(test, size)
     stats = ((file, label, os.stat(file)) for part in (train, test) for file, label in part)
-    listing = repr((size, [(str(file), label, s.st_size, s.st_mtime_ns) for file, label, s in stats]))
+    listing = repr(
+        (size, len(train), [(str(file), label, s.st_size, s.st_mtime_ns) for file, label, s in stats])
+    )
     path = cache / f"images-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.safetensors"
     try:
-        tensors = load_file(path)
-    except (FileNotFoundError, SafetensorError):  # not there yet, or not whole
+        _, groups = load_file(path, "images")
+    except LotteryError:  # not there yet, or damaged
         parts = {"train": _decode(train, size), "test": _decode(test, size)}
-        tensors = {
-            f"{name}/{kind}": getattr(part, kind)
-            for name, part in parts.items()
-            for kind in ("images", "labels")
-        }
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(tensors, partial)
-        os.replace(partial, path)
-    images = [Images(tensors[f"{part}/images"], tensors[f"{part}/labels"]) for part in ("train", "test")]
-    return images[0], images[1], classes
+        groups = {name: {"images": part.images, "labels": part.labels} for name, part in parts.items()}
+        save_file(path, "images", {}, groups)
+    return Images(**groups["train"]), Images(**groups["test"])
 
 
 def _decode(examples: Examples, size: int | None) -> Images:

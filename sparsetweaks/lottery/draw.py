@@ -1,4 +1,7 @@
-"""Drawing tickets: spend one without tweaks, prune the smallest weights of what came out, rewind the others, repeat."""
+"""Drawing tickets: spend one without tweaks, prune the smallest weights of what came out, rewind the others, repeat.
+
+Or in one shot, or before any training, or by masks that somebody brings.
+"""
 
 from __future__ import annotations
 
@@ -8,51 +11,22 @@ from pathlib import Path
 
 from sparsetweaks.lottery.config import LotteryError, Network, Recipe, Tweaks, key
 from sparsetweaks.lottery.data import Data
-from sparsetweaks.lottery.models import build
-from sparsetweaks.lottery.spend import run_key, spend
-from sparsetweaks.lottery.store import State, Ticket, save_ticket
+from sparsetweaks.lottery.files import State
+from sparsetweaks.lottery.spend import (
+    SCORED_PER_CLASS,
+    narrowed,
+    pruned_untrained,
+    rewinding_epoch,
+    run_key,
+    spend,
+)
+from sparsetweaks.lottery.store import Ticket, dense_ticket, read_masks, save_ticket, ticket_path
 from sparsetweaks.lottery.train import Trained
-from sparsetweaks.masks import find_masks
-from sparsetweaks.pruning import prune
 
+UNTRAINED = ("random", "snip", "grasp", "synflow")  # what `prune` can do with an untrained network
+SCOPES = ("global", "layer", "erk")
 LEVELS = 16  # the authors' code
 FRACTION = 0.2  # of the remaining weights, per level: the authors' code
-
-
-def dense_ticket(network: Network, data: Data, *, seed: int) -> Ticket:
-    """Level 0: the whole network at its initialisation.
-
-    Args:
-        network: depth and width.
-        data: for the channels and the classes.
-        seed: of the initialisation.
-
-    Returns:
-        A ticket without masks.
-
-    Example:
-        >>> from sparsetweaks.lottery.data import load
-        >>> ticket = dense_ticket(Network(depth=8, width=4), load("digits"), seed=0)
-        >>> ticket.level, ticket.sparsity
-        (0, 0.0)
-    """
-    classes = len(data.classes)
-    initial = build(network, channels=data.channels, classes=classes, seed=seed).state_dict()
-    identity = key(network, data.fingerprint, seed)
-    return Ticket(
-        identity,
-        network,
-        data.channels,
-        classes,
-        data.name,
-        data.fingerprint,
-        seed,
-        0,
-        {},
-        initial,
-        initial,
-        initial,
-    )
 
 
 def draw(
@@ -81,7 +55,8 @@ def draw(
         folder: for `tickets/`, one file per level, and `runs/`, one per training.
         levels: how often to prune.
         fraction: of the remaining weights to prune per level, in (0, 1).
-        rewind_epoch: epoch of the dense training to rewind to; 0 is the initialisation.
+        rewind_epoch: epoch of the dense training to start from; 0 is the initialisation. (Variants with "rewinding"
+            start a ticket that was drawn from 0 at `rewinding_epoch`, under the same masks.)
         on_epoch: see `train`.
         on_ticket: called with each ticket when it is drawn.
 
@@ -102,7 +77,7 @@ def draw(
             trained = spend(
                 ticket, Tweaks(), data, recipe, seed=seed, folder=folder / "runs", on_epoch=on_epoch
             )
-        ticket = _pruned(ticket, trained, recipe, fraction, folder, rewind_epoch)
+        ticket = _pruned(ticket, trained, data, recipe, fraction, folder, "imp", rewind_epoch)
         tickets.append(ticket)
         if on_ticket is not None:
             on_ticket(ticket)
@@ -130,7 +105,8 @@ def draw_one_shot(
         seed: of the initialisation and of the training.
         folder: for `tickets/` and `runs/`.
         sparsities: fractions of the weights to remove, each in (0, 1).
-        rewind_epoch: epoch of the dense training to rewind to; 0 is the initialisation.
+        rewind_epoch: epoch of the dense training to start from; 0 is the initialisation. (Variants with "rewinding"
+            start a ticket that was drawn from 0 at `rewinding_epoch`, under the same masks.)
         on_epoch: see `train`.
         on_ticket: called with each ticket when it is drawn.
 
@@ -140,29 +116,99 @@ def draw_one_shot(
     Raises:
         LotteryError: for a sparsity or a rewinding epoch out of range.
     """
-    for sparsity in sparsities:
-        if not 0 < sparsity < 1:
-            raise LotteryError(f"sparsity must lie between 0 and 1, got {sparsity}")
+    _check_sparsities(sparsities)
     ticket, trained = _dense(data, network, recipe, seed, folder, rewind_epoch, on_epoch)
-    tickets = [_pruned(ticket, trained, recipe, each, folder, rewind_epoch) for each in sparsities]
+    tickets = [
+        _pruned(ticket, trained, data, recipe, each, folder, "omp", rewind_epoch) for each in sparsities
+    ]
     if on_ticket is not None:
         for drawn in tickets:
             on_ticket(drawn)
     return [ticket, *tickets]
 
 
-def ticket_path(folder: Path, ticket: Ticket) -> Path:
-    """Where a ticket is kept: a name to read, and a key that makes it the only one.
+def draw_untrained(
+    data: Data,
+    network: Network,
+    *,
+    method: str,
+    sparsities: Sequence[float],
+    seed: int,
+    folder: Path,
+    scope: str = "global",
+    on_ticket: Callable[[Ticket], None] | None = None,
+) -> list[Ticket]:
+    """Draw a ticket per sparsity from the untrained network: at random, or by SNIP, GraSP or SynFlow.
 
     Args:
-        folder: of the lottery.
-        ticket: to be kept.
+        data: from `load`; ten training images per class are scored on.
+        network: which.
+        method: one of `UNTRAINED`, see `sparsetweaks.prune`.
+        sparsities: fractions of the weights to remove, each in (0, 1).
+        seed: of the initialisation, and of what is drawn at random.
+        folder: for `tickets/`.
+        scope: how many weights each layer keeps, one of `SCOPES`.
+        on_ticket: called with each ticket when it is drawn.
 
     Returns:
-        The path of its file.
+        The dense ticket, then one per sparsity, all of those of level 1.
+
+    Raises:
+        LotteryError: for a sparsity out of range, or a method or scope that is not there.
     """
-    name = f"{ticket.network.name}w{ticket.network.width}-{ticket.data}-seed{ticket.seed}-level{ticket.level:02d}"
-    return folder / "tickets" / f"{name}-{ticket.sparsity:.4f}-{ticket.identity}.safetensors"
+    for name, value, known in (("method", method, UNTRAINED), ("scope", scope, SCOPES)):
+        if value not in known:
+            raise LotteryError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
+    _check_sparsities(sparsities)
+    dense = dense_ticket(network, data, seed=seed)
+    save_ticket(dense, ticket_path(folder, dense))
+    tickets = [dense]
+    for sparsity in sparsities:
+        masks = pruned_untrained(dense.model(), dense, data, method, sparsity, scope=scope)
+        identity = key(dense.identity, method, scope, sparsity, SCORED_PER_CLASS)
+        tickets.append(_kept(dense, folder, on_ticket, identity=identity, method=method, masks=masks))
+    return tickets
+
+
+def draw_by_masks(
+    data: Data,
+    network: Network,
+    masks: Path | str,
+    *,
+    seed: int,
+    folder: Path,
+    on_ticket: Callable[[Ticket], None] | None = None,
+) -> list[Ticket]:
+    """Make a ticket of any mask: a file that some other pruner wrote, on our initialisation.
+
+    Args:
+        data: from `load`.
+        network: which the masks are for.
+        masks: a file, see `read_masks`.
+        seed: of the initialisation.
+        folder: for `tickets/`.
+        on_ticket: called with the ticket.
+
+    Returns:
+        The dense ticket and that one, which is of level 1.
+
+    Raises:
+        LotteryError: when the file holds no masks of this network.
+    """
+    dense = dense_ticket(network, data, seed=seed)
+    found = read_masks(masks, dense.model())
+    save_ticket(dense, ticket_path(folder, dense))
+    kept = {name: mask.flatten().nonzero().flatten().tolist() for name, mask in sorted(found.items())}
+    return [
+        dense,
+        _kept(dense, folder, on_ticket, identity=key(dense.identity, kept), method="file", masks=found),
+    ]
+
+
+def _check_sparsities(sparsities: Sequence[float]) -> None:
+    for sparsity in sparsities:
+        if not 0 < sparsity < 1:
+            raise LotteryError(f"sparsity must lie between 0 and 1, got {sparsity}")
 
 
 def _dense(
@@ -178,34 +224,47 @@ def _dense(
         raise LotteryError(f"rewind_epoch must lie between 0 and {recipe.epochs - 1}, got {rewind_epoch}")
     ticket = dense_ticket(network, data, seed=seed)
     save_ticket(ticket, ticket_path(folder, ticket))
+    at = rewind_epoch or rewinding_epoch(recipe)
     runs = folder / "runs"
-    trained = spend(
-        ticket, Tweaks(), data, recipe, seed=seed, folder=runs, rewind_epoch=rewind_epoch, on_epoch=on_epoch
+    return ticket, spend(
+        ticket, Tweaks(), data, recipe, seed=seed, folder=runs, rewind_epoch=at, on_epoch=on_epoch
     )
-    return ticket, trained
 
 
 def _pruned(
-    ticket: Ticket, trained: Trained, recipe: Recipe, fraction: float, folder: Path, rewind_epoch: int
+    ticket: Ticket,
+    trained: Trained,
+    data: Data,
+    recipe: Recipe,
+    fraction: float,
+    folder: Path,
+    method: str,
+    rewind_epoch: int,
 ) -> Ticket:
     """The next ticket: `fraction` of the remaining weights pruned by their final magnitudes, the others rewound."""
-    scored = trained.weights["last"]
-    model = replace(ticket, rewound=_without_masks(scored)).model()
-    masks = find_masks(prune(model, fraction, of="remaining"))
-    run = run_key(
-        ticket, Tweaks(), recipe, seed=ticket.seed, rewind_epoch=rewind_epoch if ticket.level == 0 else 0
-    )
-    rewound = _without_masks(trained.weights["rewind"]) if ticket.level == 0 else ticket.rewound
-    identity = key(ticket.identity, run, fraction)
+    if ticket.level == 0:
+        at = rewind_epoch or rewinding_epoch(recipe)
+        late = _without_masks(trained.weights["rewind"]) if at else {}
+        run = run_key(ticket, Tweaks(), recipe, seed=ticket.seed, rewind_epoch=at)
+        ticket = replace(ticket, late=late, late_epoch=at, starts_late=rewind_epoch > 0)
+    else:
+        run = run_key(ticket, Tweaks(), recipe, seed=ticket.seed)
+    identity = key(ticket.identity, run, fraction, method, ticket.starts_late)
+    ticket = replace(ticket, method=method, trained=_without_masks(trained.weights["last"]))
+    return _kept(ticket, folder, None, identity=identity, masks=narrowed(ticket, data, fraction))
+
+
+def _kept(
+    ticket: Ticket, folder: Path, on_ticket: Callable[[Ticket], None] | None, *, identity: str, masks: State,
+    method: str | None = None,
+) -> Ticket:  # fmt: skip
+    """A ticket of the next level with these masks, saved."""
     drawn = replace(
-        ticket,
-        identity=identity,
-        level=ticket.level + 1,
-        masks=masks,
-        rewound=rewound,
-        scored=_without_masks(scored),
+        ticket, identity=identity, level=ticket.level + 1, masks=masks, method=method or ticket.method
     )
     save_ticket(drawn, ticket_path(folder, drawn))
+    if on_ticket is not None:
+        on_ticket(drawn)
     return drawn
 
 

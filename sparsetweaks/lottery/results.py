@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import math
@@ -12,8 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsetweaks.lottery.config import VARIANTS, LotteryError
+from sparsetweaks.lottery.files import hold, write
 
 BASELINE = "vanilla"
+DRAWN = {
+    "imp": "iterative magnitude pruning",
+    "omp": "one-shot magnitude pruning",
+    "file": "masks from a file",
+}
 _T_975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
@@ -29,36 +34,45 @@ _LOOK = {  # colours of Okabe and Ito, told apart by colour-blind readers; marke
     "scales": ("#8C6BB1", "<"),
     "smoothing": ("#A6761D", ">"),
 }
+_OTHERS = ("#D55E00", "#56B4E9", "#CC79A7", "#8C6BB1", "#A6761D", "#666666", "#117733", "#882255")  # by place
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add one line to a CSV file, in a single write, so that several processes can add to one file.
+
+    A line that was cut off, by a full disk or a killed process, is no line: it is removed before the next is added, and
+    the run it belongs to, which is kept elsewhere, gives it again.
 
     Args:
         path: of the file; made, with its header, if it is not there.
         row: values by column.
 
     Raises:
-        LotteryError: when the file cannot be written, or has other columns.
+        LotteryError: when the file cannot be written, or has other columns; what it held before stays.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), path.open("x", newline="") as file:
-            file.write(_line(row))
-        with path.open(newline="") as file:
-            columns = next(csv.reader(file), [])
-        if columns != list(row):
-            raise LotteryError(
-                f"{path} has other columns than these results: move it away, or choose another with --out"
-            )
-        with path.open("a", newline="") as file:
-            file.write(_line(row.values()))
+        with path.open("a+b") as file:
+            hold(file)
+            file.seek(0)
+            content = file.read()
+            whole = content[: content.rfind(b"\n") + 1]
+            header = _line(row)
+            if whole and not whole.startswith(header.encode()):
+                raise LotteryError(
+                    f"{path} has other columns than these results: move it away, or choose another with --out"
+                )
+            if len(whole) < len(content):
+                file.truncate(len(whole))
+            file.write(((header if not whole else "") + _line(row.values())).encode())
     except OSError as error:
-        raise LotteryError(f"cannot write {path}: {error.strerror}") from error
+        raise LotteryError(
+            f"cannot write {path}: {error.strerror}; what was finished before is kept"
+        ) from error
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a CSV file, each run once.
+    """Read the rows of a CSV file, each run once; a last line that was cut off is left out.
 
     Args:
         path: of the file.
@@ -72,8 +86,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        text = path.read_text(encoding="utf-8")
+        rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise LotteryError(f"{path} is not a CSV file of results: {error}") from error
     if any(None in row or None in row.values() or "run" not in row for row in rows):
@@ -91,13 +105,18 @@ class Cell(NamedTuple):
         return sum(self.by_seed.values()) / len(self.by_seed)
 
     @property
-    def interval(self) -> float | None:
-        """Half the width of the 95 % t-interval of the mean; None for a single seed."""
+    def deviation(self) -> float | None:
+        """The sample's standard deviation, with n - 1 below; None for a single seed."""
         count = len(self.by_seed)
         if count < 2:
             return None
-        variance = sum((value - self.mean) ** 2 for value in self.by_seed.values()) / (count - 1)
-        return t_quantile(count - 1) * math.sqrt(variance / count)
+        return math.sqrt(sum((value - self.mean) ** 2 for value in self.by_seed.values()) / (count - 1))
+
+    @property
+    def interval(self) -> float | None:
+        """Half the width of the 95 % t-interval of the mean; None for a single seed."""
+        count, deviation = len(self.by_seed), self.deviation
+        return None if deviation is None else t_quantile(count - 1) * deviation / math.sqrt(count)
 
     def over(self, other: Cell) -> Cell | None:
         """The gain over another variant, seed by seed, as both start from the same ticket."""
@@ -123,23 +142,97 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Summary]:
         >>> summarise(rows)["resnet8, width 8, on digits (99 images of 8 x 8, 2 epochs)"][0.5]["AT"].mean
         95.0
     """
+    rows = list(rows)
+    recipes: dict[str, set[str]] = {}  # of each title
+    ways: dict[
+        str, set[str]
+    ] = {}  # how its sparse networks were drawn; the dense one belongs to all of these
+    for row in rows:
+        recipes.setdefault(_title(row), set()).add(row.get("recipe", ""))
+        if float(row["sparsity"]):
+            ways.setdefault(_title(row) + row.get("recipe", ""), set()).add(row.get("drawn", ""))
     settings: dict[str, Summary] = {}
     for row in rows:
-        title = (
-            f"{row['architecture']}, width {row['width']}, on {row['data']} "
-            f"({int(row['train_images']):,} images of {row['image_size']} x {row['image_size']}, {row['epochs']} epochs)"
+        title = _title(row)
+        recipe = f", recipe {row['recipe']}" if len(recipes[title]) > 1 else ""
+        own = (
+            {row.get("drawn", "")}
+            if float(row["sparsity"])
+            else ways.get(title + row.get("recipe", ""), {""})
         )
-        sparsity = round(float(row["sparsity"]), 4)
-        cells = settings.setdefault(title, {}).setdefault(sparsity, {})
-        cells.setdefault(row["variant"], Cell({})).by_seed[int(row["seed"])] = 100 * float(row["test"])
+        for drawn in sorted(own):
+            way = f", {DRAWN.get(drawn, drawn)}" if drawn else ""
+            cells = settings.setdefault(title + way + recipe, {}).setdefault(
+                round(float(row["sparsity"]), 4), {}
+            )
+            cells.setdefault(row["variant"], Cell({})).by_seed[int(row["seed"])] = 100 * float(row["test"])
     return settings
 
 
-def table(summary: Summary) -> str:
+def _title(row: Mapping[str, Any]) -> str:
+    width = f", width {row['width']}" if row["width"] != "" else ""
+    return (
+        f"{row['architecture']}{width}, on {row['data']} "
+        f"({int(row['train_images']):,} images of {row['image_size']} x {row['image_size']}, {row['epochs']} epochs)"
+    )
+
+
+def statistics(rows: Iterable[Mapping[str, Any]], *, over: str = BASELINE) -> list[dict[str, Any]]:
+    """The numbers behind the tables: mean, deviation and interval of each cell, and of its paired gain.
+
+    Args:
+        rows: from `read_rows`.
+        over: the variant that gains are over, seed by seed.
+
+    Returns:
+        A row per setting, sparsity and variant, in percent and points; empty where one seed gives no answer.
+
+    Example:
+        >>> row = {"data": "digits", "architecture": "resnet8", "width": 8, "epochs": 2, "image_size": 8, "train_images": 99}
+        >>> row |= {"sparsity": 0.5, "run": ""}
+        >>> rows = [{**row, "variant": name, "seed": seed, "test": (seed + gain) / 100}
+        ...         for name, gain in (("vanilla", 50), ("AT", 52)) for seed in (0, 2)]
+        >>> [(each["variant"], each["mean"], each["deviation"], each["gain"]) for each in statistics(rows)]
+        [('vanilla', 51.0, 1.414, ''), ('AT', 53.0, 1.414, 2.0)]
+    """
+    lines = []
+    for title, summary in summarise(rows).items():
+        for sparsity in sorted(summary):
+            cells = summary[sparsity]
+            for name in _ordered(cells):
+                gain = cells[name].over(cells[over]) if over in cells and name != over else None
+                lines.append(
+                    {
+                        "setting": title,
+                        "sparsity": sparsity,
+                        "variant": name,
+                        "seeds": len(cells[name].by_seed),
+                        **_numbers("", cells[name]),
+                        "over": "" if gain is None else over,
+                        "pairs": "" if gain is None else len(gain.by_seed),
+                        **_numbers("gain_", gain),
+                    }
+                )
+    return lines
+
+
+def _numbers(prefix: str, cell: Cell | None) -> dict[str, Any]:
+    values: dict[str, float | None] = {"mean": None, "deviation": None, "interval": None}
+    if cell is not None:
+        values = {"mean": cell.mean, "deviation": cell.deviation, "interval": cell.interval}
+    names = {"mean": "gain" if prefix else "mean"}
+    return {
+        names.get(name, prefix + name): "" if value is None else round(value, 3)
+        for name, value in values.items()
+    }
+
+
+def table(summary: Summary, *, over: str = BASELINE) -> str:
     """Test accuracy per sparsity and variant with its 95 % interval, and the gains over vanilla, as text (and Markdown).
 
     Args:
         summary: one setting of `summarise`.
+        over: the variant that gains are over.
 
     Returns:
         Two tables, one below the other; the second only where there is something to compare.
@@ -158,14 +251,14 @@ def table(summary: Summary) -> str:
     """
     variants = _ordered({name for cells in summary.values() for name in cells})
     lines = [["test accuracy, %", *variants]]
-    gains = [["points gained", *(name for name in variants if name != BASELINE)]]
+    gains = [["points gained", *(name for name in variants if name != over)]]
     for sparsity in sorted(summary):
         cells = summary[sparsity]
         title = f"{100 * sparsity:.4g} % sparse" if sparsity else "dense"
         lines.append([title, *(_text(cells.get(name), "") for name in variants)])
-        if BASELINE in cells and len(cells) > 1:
-            over = [cells[name].over(cells[BASELINE]) if name in cells else None for name in gains[0][1:]]
-            gains.append([title, *(_text(cell, "+") for cell in over)])
+        if over in cells and len(cells) > 1:
+            gained = [cells[name].over(cells[over]) if name in cells else None for name in gains[0][1:]]
+            gains.append([title, *(_text(cell, "+") for cell in gained)])
     seeds = sorted({len(cell.by_seed) for cells in summary.values() for cell in cells.values()})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     note = f"mean ± half of the 95 % t-interval over {count} seeds; gains are paired by seed"
@@ -182,6 +275,21 @@ def plot(settings: Mapping[str, Summary], path: Path) -> None:
     Raises:
         LotteryError: when there is nothing to draw, or the file cannot be written.
     """
+    write(path, picture(settings))
+
+
+def picture(settings: Mapping[str, Summary]) -> bytes:
+    """The picture of `plot`, as the content of a PNG.
+
+    Args:
+        settings: from `summarise`; each gets a panel.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        LotteryError: when there is nothing to draw.
+    """
     from matplotlib.figure import Figure
 
     drawn = {title: summary for title, summary in settings.items() if any(summary)}
@@ -191,11 +299,9 @@ def plot(settings: Mapping[str, Summary], path: Path) -> None:
     panels = figure.subplots(2, len(drawn), squeeze=False, sharex="col", height_ratios=(3, 2))
     for accuracies, gains, (title, summary) in zip(*panels, drawn.items(), strict=True):
         _panel(accuracies, gains, title, summary)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except OSError as error:
-        raise LotteryError(f"cannot write {path}: {error.strerror}") from error
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
 
 
 def t_quantile(freedom: int) -> float:
@@ -233,10 +339,10 @@ def _panel(accuracies: Any, gains: Any, title: str, summary: Summary) -> None:
     for place, name in enumerate(names):
         aside = gap ** (0.06 * ((len(names) - 1) / 2 - place))  # so that no interval hides another
         cells = {sparsity: summary[sparsity][name] for sparsity in sparse if name in summary[sparsity]}
-        _line_of(accuracies, name, aside, cells)
+        _line_of(accuracies, name, place, aside, cells)
         over = {s: cell.over(summary[s][BASELINE]) for s, cell in cells.items() if BASELINE in summary[s]}
         if name != BASELINE:
-            _line_of(gains, name, aside, {s: cell for s, cell in over.items() if cell is not None})
+            _line_of(gains, name, place, aside, {s: cell for s, cell in over.items() if cell is not None})
     accuracies.set(title=title, ylabel="test accuracy, %")
     gains.set(
         ylabel="points gained over vanilla", xlabel="sparsity: weights removed, % (log scale of what remains)"
@@ -257,8 +363,8 @@ def _panel(accuracies: Any, gains: Any, title: str, summary: Summary) -> None:
     gains.legend(handles, labels, title="mean and 95 % interval over seeds", frameon=False, **place_below)
 
 
-def _line_of(axes: Any, name: str, aside: float, cells: Mapping[float, Cell]) -> None:
-    colour, marker = _LOOK.get(name, ("#000000", "x"))
+def _line_of(axes: Any, name: str, place: int, aside: float, cells: Mapping[float, Cell]) -> None:
+    colour, marker = _LOOK.get(name, (_OTHERS[place % len(_OTHERS)], "hpd8*"[place % 5]))
     at = [100 * (1 - sparsity) * aside for sparsity in cells]
     means = [cell.mean for cell in cells.values()]
     widths = [cell.interval or 0.0 for cell in cells.values()]
@@ -289,6 +395,24 @@ def _grid(lines: list[list[str]]) -> str:
 def _ordered(names: Iterable[str]) -> list[str]:
     known = list(VARIANTS)
     return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def csv_of(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Rows of equal columns as the text of a CSV file.
+
+    Args:
+        lines: from `statistics`, say; at least one.
+
+    Returns:
+        The text, with a header.
+
+    Example:
+        >>> print(csv_of([{"a": 1, "b": "x"}]), end="")
+        a,b
+        1,x
+    """
+    lines = list(lines)
+    return "".join([_line(lines[0]), *(_line(line.values()) for line in lines)])
 
 
 def _line(values: Iterable[Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import platform
@@ -14,17 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsetweaks.cost import cost
 from sparsetweaks.lottery.config import LotteryError, Recipe, Tweaks, key
 from sparsetweaks.lottery.data import Data, batches
+from sparsetweaks.lottery.files import State
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import SEED_STRIDE, Trained, computes_in_bfloat16, load_trained, train
 from sparsetweaks.masks import apply_masks, find_masks
+from sparsetweaks.prunable import prunable_weights
 from sparsetweaks.pruning import prune
-from sparsetweaks.recipe.labels import SoftLabelLoss
+from sparsetweaks.recipe.labels import SoftLabelLoss, distillation_loss
 from sparsetweaks.recipe.layer_scales import learn_layer_scales
 from sparsetweaks.surgery.activations import swap_activations
 from sparsetweaks.surgery.skips import inject_skips
 
+REWINDING = 33 / 180  # of the epochs: the paper, 4.1, where it says "18 %"
+AVERAGING = 0.75  # of the epochs, after which weights are averaged (Izmailov et al. 2018, 4.1)
+COUNTED = ("nonzeros", "added", "budget", "parameters", "nonzero_parameters", "flops", "effective_flops")
+SCORED_PER_CLASS = 10  # images that SNIP, GraSP and SynFlow see: as in GraSP's code
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -36,7 +44,8 @@ def spend(
     *,
     seed: int,
     folder: Path,
-    rewind_epoch: int = 0,
+    name: str = "vanilla",
+    rewind_epoch: int | None = None,
     on_epoch: Callable[[Trained], None] | None = None,
 ) -> Trained:
     """Retrain a ticket with tweaks; a run that is already in `folder` is read back, one that was cut off goes on.
@@ -48,22 +57,30 @@ def spend(
         recipe: how to train.
         seed: of the order of the images and their augmentation.
         folder: to keep the run in, under a name made of everything that determines it.
-        rewind_epoch: see `train`.
+        name: of the tweaks, for whoever watches.
+        rewind_epoch: see `train`; the default is the one of `rewinding_epoch` for a dense ticket, 0 for others.
         on_epoch: see `train`.
 
     Returns:
         What the training came to. Its note tells the non-zeros, the times and the machine.
 
     Raises:
-        LotteryError: when the ticket belongs to other data, or the tweaks add more than survives.
+        LotteryError: when the ticket belongs to other data, has no weights of the kind that the tweaks start from, or
+            the tweaks add more than survives.
     """
     if ticket.fingerprint != data.fingerprint:
         raise LotteryError(
             f"the ticket was drawn on other data ({ticket.data!r}) than was given ({data.name!r})"
         )
+    if rewind_epoch is None:
+        rewind_epoch = 0 if ticket.level else rewinding_epoch(recipe)
     path = folder / f"{run_key(ticket, tweaks, recipe, seed=seed, rewind_epoch=rewind_epoch)}.safetensors"
     if path.is_file() and (trained := load_trained(path)).test is not None:
         return trained
+    teacher = None
+    if tweaks.distillation:
+        at = ticket.late_epoch or rewinding_epoch(recipe)
+        teacher = _dense_network(ticket.dense(), data, recipe, folder, at, on_epoch)
     started = time.perf_counter()
     model, loss, counts = tweaked(ticket, tweaks, data, recipe, seed=seed)
     note = {
@@ -74,17 +91,37 @@ def spend(
     return train(
         model,
         data,
-        recipe,
+        replace(recipe, average_from=AVERAGING) if tweaks.averaging else recipe,
         seed=seed,
         loss=loss,
+        teacher=teacher,
         rewind_epoch=rewind_epoch,
         checkpoint=path,
         note=note,
+        title=_title(ticket, name, seed),
         on_epoch=on_epoch,
     )
 
 
-def run_key(ticket: Ticket, tweaks: Tweaks, recipe: Recipe, *, seed: int, rewind_epoch: int = 0) -> str:
+def rewinding_epoch(recipe: Recipe) -> int:
+    """The epoch of the dense training that "rewinding" goes back to: 33 of 180 in the paper, at least the first.
+
+    Args:
+        recipe: for the number of its epochs.
+
+    Returns:
+        An epoch before the last; 0, which is none, where there is only one.
+
+    Example:
+        >>> rewinding_epoch(Recipe(epochs=180)), rewinding_epoch(Recipe(epochs=2)), rewinding_epoch(Recipe(epochs=1))
+        (33, 1, 0)
+    """
+    return min(max(1, round(REWINDING * recipe.epochs)), recipe.epochs - 1)
+
+
+def run_key(
+    ticket: Ticket, tweaks: Tweaks, recipe: Recipe, *, seed: int, rewind_epoch: int | None = None
+) -> str:
     """The name of a run, made of everything that determines it.
 
     Args:
@@ -92,17 +129,22 @@ def run_key(ticket: Ticket, tweaks: Tweaks, recipe: Recipe, *, seed: int, rewind
         tweaks: with what changes.
         recipe: and how.
         seed: of the training.
-        rewind_epoch: see `train`.
+        rewind_epoch: see `spend`.
 
     Returns:
         16 hexadecimal digits.
     """
-    options: dict[str, Any] = {"activation": tweaks.activation, "smoothing": tweaks.smoothing}
-    for name, function, given in (
-        ("skips", inject_skips, tweaks.skips),
-        ("scales", learn_layer_scales, tweaks.scales),
-    ):
+    if rewind_epoch is None:
+        rewind_epoch = 0 if ticket.level else rewinding_epoch(recipe)
+    options = dataclasses.asdict(tweaks)
+    for name, function in (("skips", inject_skips), ("scales", learn_layer_scales)):
+        given = options[name]
         options[name] = None if given is None else {**_defaults(function), **given}
+    if tweaks.distillation:
+        taught = _defaults(distillation_loss)
+        options["distillation"] = [taught["temperature"], taught["weight"]]
+    if tweaks.averaging:
+        options["averaging"] = AVERAGING
     return key(ticket.identity, options, recipe, seed, rewind_epoch)
 
 
@@ -111,8 +153,9 @@ def tweaked(
 ) -> tuple[nn.Module, Loss, dict[str, int]]:
     """The masked network with its tweaks, and the loss to train it with, at the ticket's own number of non-zeros.
 
-    What a tweak adds, it pays for: for every non-zero that the skips bring, one more of the ticket's smallest weights
-    is pruned. So a variant and the vanilla ticket have the same budget, and a gain is one of the tweak, not of its size.
+    What a tweak adds, it pays for: for every non-zero that the skips bring, one more of the ticket's least important
+    weights is pruned, by what chose its masks. So a variant and the vanilla ticket have the same budget, and a gain is
+    one of the tweak, not of its size. Tweaks that are not `matched` pay nothing.
 
     Args:
         ticket: with its masks; a dense one (level 0) pays nothing.
@@ -122,30 +165,99 @@ def tweaked(
         seed: of those batches.
 
     Returns:
-        The model, on the device of `data`; the loss; and `nonzeros` (surviving weights), `added` (what tweaks brought),
-        `budget` (their sum) and `parameters` (all there are, masked or not).
+        The model, on the device of `data`; the loss; and `nonzeros` (surviving weights, of those that are pruned among),
+        `added` (what tweaks brought), `budget` (their sum), `parameters` (all there are, normalisation and classifier
+        too), `nonzero_parameters` (those that no mask removes), `flops` (of one image) and `effective_flops` (the same).
 
     Raises:
         LotteryError: when the tweaks add as much as survives, or more.
     """
     device = data.mean.device
-    model = ticket.model()
-    added = 0
+    model, masks = ticket.unmasked(tweaks.start), ticket.masks
     if tweaks.skips is not None:
-        added = _added(inject_skips(model, **tweaks.skips))
-        if ticket.masks and added:
-            model = apply_masks(model, _pruned_further(ticket, added))
         model = inject_skips(model, **tweaks.skips)
+        if masks and tweaks.matched and (extra := _added(model)):
+            masks = _paying(ticket, extra, data)
     if tweaks.activation is not None:
         model = swap_activations(model, tweaks.activation)
     model.to(device).to(memory_format=torch.channels_last)
-    loss: Loss = SoftLabelLoss(tweaks.smoothing) if tweaks.smoothing else nn.CrossEntropyLoss()
-    if tweaks.scales is not None:  # last, as the scales depend on the architecture that is trained
+    loss: Loss = nn.CrossEntropyLoss()
+    if tweaks.smoothing:
+        loss = SoftLabelLoss(tweaks.smoothing, tweaks.smoothing_form)
+
+    def scale(model: nn.Module) -> nn.Module:
         with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(recipe, device)):
-            model = learn_layer_scales(model, _endless(data, recipe, seed), loss=loss, **tweaks.scales)
-    survivors = sum(int(mask.sum()) for mask in find_masks(model).values())
-    counts = {"nonzeros": survivors, "added": added, "budget": survivors + added}
-    return model, loss, {**counts, "parameters": sum(p.numel() for p in model.parameters())}
+            return learn_layer_scales(model, _endless(data, recipe, seed), loss=loss, **(tweaks.scales or {}))
+
+    if tweaks.scales is not None and tweaks.scales_on == "dense":
+        model = scale(model)
+    if masks:
+        model = apply_masks(model, masks)
+    if tweaks.scales is not None and tweaks.scales_on == "ticket":
+        model = scale(model)  # last, as the scales depend on the network that is trained
+    return model, loss, _counts(model, data)
+
+
+def _counts(model: nn.Module, data: Data) -> dict[str, int]:
+    masks, added = find_masks(model), _added(model)
+    weights = (
+        masks.values() or prunable_weights(model).values()
+    )  # of a dense network, all that pruning would take
+    survivors = sum(int(each.count_nonzero()) if masks else each.numel() for each in weights)
+    count = cost(model, data.normalise(data.test.images[:1]))
+    return {
+        "nonzeros": survivors,
+        "added": added,
+        "budget": survivors + added,
+        "parameters": count.parameters,
+        "nonzero_parameters": count.nonzeros,
+        "flops": count.flops,
+        "effective_flops": count.effective_flops,
+    }
+
+
+def narrowed(ticket: Ticket, data: Data, fraction: float) -> State:
+    """A ticket's masks without a fraction of what they keep: the least important, by what chose them.
+
+    Args:
+        ticket: whose masks; without any, all its prunable weights.
+        data: for methods that score on data.
+        fraction: of the remaining weights, in [0, 1).
+
+    Returns:
+        The masks.
+    """
+    if ticket.method in ("none", "imp", "omp", "file"):
+        scored = ticket.model("trained" if ticket.trained else "ticket")
+        masked = (
+            list(ticket.masks) or None
+        )  # masks from elsewhere may be of other weights than we would choose
+        return find_masks(prune(scored, fraction, of="remaining", include=masked))
+    return pruned_untrained(ticket.model(), ticket, data, ticket.method, fraction, of="remaining")
+
+
+def pruned_untrained(
+    model: nn.Module, ticket: Ticket, data: Data, method: str, sparsity: float, **options: Any
+) -> State:
+    """Masks by one of `prune`'s methods that need no training, on ten training images per class.
+
+    Args:
+        model: to prune.
+        ticket: for the seed of the choice.
+        data: to choose the images from.
+        method, sparsity, options: as in `prune`.
+
+    Returns:
+        The masks.
+    """
+    generator = torch.Generator().manual_seed(ticket.seed)
+    labels = data.train.labels.cpu()
+    order = torch.randperm(len(labels), generator=generator)
+    index = torch.cat([order[labels[order] == label][:SCORED_PER_CLASS] for label in labels.unique()])
+    part = data.train[index.to(data.train.labels.device)]
+    batch = data.normalise(part.images).cpu(), part.labels.cpu()
+    pruned = prune(model, sparsity, method=method, batch=batch, generator=generator, **options)  # type: ignore[arg-type]
+    return find_masks(pruned)
 
 
 def row(
@@ -171,16 +283,18 @@ def row(
         "train_images": len(data.train),
         "image_size": data.train.images.shape[-1],
         "architecture": ticket.network.name,
-        "width": ticket.network.width,
+        "width": ticket.network.width or "",
+        "drawn": ticket.drawn,
         "level": ticket.level,
         "sparsity": round(ticket.sparsity, 6),
         "variant": name,
         "seed": seed,
         "epochs": recipe.epochs,
+        "recipe": key(recipe)[:6],
         "validation": round(trained.validation, 6),
         "test": round(trained.test or 0.0, 6),
         "best_epoch": trained.best_epoch,
-        **{column: trained.note[column] for column in ("nonzeros", "added", "budget", "parameters")},
+        **{column: trained.note[column] for column in COUNTED},
         "train_seconds": round(trained.seconds, 3),
         "step_milliseconds": round(1000 * trained.seconds / trained.steps, 3),
         "prepare_seconds": round(trained.note["prepare_seconds"], 3),
@@ -229,15 +343,43 @@ def _added(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in {p for module in found for p in module.parameters()})
 
 
-def _pruned_further(ticket: Ticket, count: int) -> dict[str, Tensor]:
-    """The ticket's masks without its `count` smallest weights, by the magnitudes that chose the masks."""
+def _paying(ticket: Ticket, count: int, data: Data) -> State:
+    """The ticket's masks without its `count` least important weights."""
     if count >= ticket.nonzeros:
         raise LotteryError(
             f"the skips add {count} parameters, and only {ticket.nonzeros} weights survive to pay for them: "
-            'choose skips that add fewer, such as shortcut="pad"'
+            'choose skips that add fewer, such as shortcut="pad", or compare without matching (+unmatched)'
         )
-    scored = replace(ticket, rewound=ticket.scored).model()
-    return find_masks(prune(scored, count / ticket.nonzeros, of="remaining"))
+    return narrowed(ticket, data, count / ticket.nonzeros)
+
+
+def _dense_network(
+    ticket: Ticket,
+    data: Data,
+    recipe: Recipe,
+    folder: Path,
+    rewind_epoch: int,
+    on_epoch: Callable[[Trained], None] | None,
+) -> nn.Module:
+    """The dense network as it was trained, which is read back where drawing has trained it already."""
+    trained = spend(
+        ticket,
+        Tweaks(),
+        data,
+        recipe,
+        seed=ticket.seed,
+        folder=folder,
+        rewind_epoch=rewind_epoch,
+        on_epoch=on_epoch,
+    )
+    model = ticket.model()
+    model.load_state_dict(trained.weights["best"])
+    return model
+
+
+def _title(ticket: Ticket, name: str, seed: int) -> str:
+    sparse = f"level {ticket.level}, {100 * ticket.sparsity:.1f} % sparse" if ticket.level else "dense"
+    return f"{ticket.network.name} on {ticket.data}, seed {seed}, {sparse}, {name}"
 
 
 def _endless(data: Data, recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,35 +1,22 @@
-"""Tickets and finished trainings as files: safetensors with a JSON header, written whole or not at all, never pickled."""
+"""Tickets: a mask and the weights it starts from, as one file that anybody can load."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparsetweaks.lottery.config import LotteryError, Network
+from sparsetweaks.lottery.config import LotteryError, Network, key
+from sparsetweaks.lottery.data import Data
+from sparsetweaks.lottery.files import State, first_line, load, save
 from sparsetweaks.lottery.models import build
-from sparsetweaks.masks import apply_masks, rewind
+from sparsetweaks.masks import apply_masks
 
-HEADER = (
-    "identity",
-    "channels",
-    "classes",
-    "data",
-    "fingerprint",
-    "seed",
-    "level",
-)  # of a ticket, beside its network
-TENSORS = ("masks", "initial", "rewound", "scored")
-FORMAT = 1  # of the files; a reader refuses what it does not know
-State = dict[str, Tensor]
+TENSORS = ("masks", "initial", "late", "trained")
 
 
 @dataclass(frozen=True)
@@ -44,12 +31,15 @@ class Ticket:
     fingerprint: str  # ... what tells it from another of that name
     seed: int
     level: int  # 0 is dense
+    method: (
+        str  # what chose the masks: "magnitude", another of `prune`'s, "file", or "none" where there are none
+    )
+    late_epoch: int  # of the dense training, whose weights are `late`; 0 where there are none
+    starts_late: bool  # whether the ticket starts from them, or from the initial weights
     masks: State = field(repr=False)  # True = kept
     initial: State = field(repr=False)  # the weights before any training
-    rewound: State = field(repr=False)  # those to start from: the initial ones, or those of a rewinding epoch
-    scored: State = field(
-        repr=False
-    )  # those whose magnitudes chose the masks, so that they can be pruned further
+    late: State = field(repr=False)  # those of an early epoch, to rewind to; may be empty
+    trained: State = field(repr=False)  # those whose magnitudes chose the masks; empty for other methods
 
     @property
     def sparsity(self) -> float:
@@ -61,11 +51,85 @@ class Ticket:
         """How many of the masked weights are kept; 0 for a dense ticket, which masks none."""
         return sum(int(mask.sum()) for mask in self.masks.values())
 
-    def model(self) -> nn.Module:
-        """The masked network with the rewound weights, on the CPU."""
-        model: nn.Module = build(self.network, channels=self.channels, classes=self.classes, seed=self.seed)
-        model.load_state_dict(self.rewound)
-        return rewind(apply_masks(model, self.masks), self.rewound) if self.masks else model
+    @property
+    def drawn(self) -> str:
+        """How it was drawn, in words that tell it from others of its sparsity."""
+        return f"{self.method} from epoch {self.late_epoch}" if self.starts_late else self.method
+
+    def weights(self, start: str = "ticket") -> State:
+        """The dense network's weights to start from: the ticket's own choice, `late` or `trained`."""
+        own = self.late if self.starts_late else self.initial
+        state = {"ticket": own, "late": self.late, "trained": self.trained}[start]
+        if not state:
+            reason = (
+                f"one that was drawn by {self.method} and never trained"
+                if self.method not in ("imp", "omp", "none")
+                else "one that was drawn with too few epochs, or is dense"
+            )
+            raise LotteryError(f"this ticket has no {start} weights to start from, as {reason}")
+        return state
+
+    def model(self, start: str = "ticket") -> nn.Module:
+        """The masked network with its weights, on the CPU."""
+        model = self.unmasked(start)
+        return apply_masks(model, self.masks) if self.masks else model
+
+    def unmasked(self, start: str = "ticket") -> nn.Module:
+        """The network with its weights and no masks, on the CPU."""
+        state = self.weights(start)
+        model = build(self.network, channels=self.channels, classes=self.classes, seed=self.seed)
+        model.load_state_dict(state)
+        return model
+
+    def dense(self) -> Ticket:
+        """Level 0 of the same network, data and seed."""
+        identity = key(self.network, self.fingerprint, self.seed)
+        none: dict[str, Any] = {"level": 0, "method": "none", "late_epoch": 0, "starts_late": False}
+        return replace(self, identity=identity, masks={}, late={}, trained={}, **none)
+
+
+HEADER = tuple(
+    spec.name for spec in dataclasses.fields(Ticket) if spec.name not in (*TENSORS, "network")
+)  # of a ticket's file, beside its network
+
+
+def dense_ticket(network: Network, data: Data, *, seed: int) -> Ticket:
+    """Level 0: the whole network at its initialisation.
+
+    Args:
+        network: which.
+        data: for the channels and the classes.
+        seed: of the initialisation.
+
+    Returns:
+        A ticket without masks.
+
+    Example:
+        >>> from sparsetweaks.lottery.data import load
+        >>> ticket = dense_ticket(Network("resnet8", width=4), load("digits"), seed=0)
+        >>> ticket.level, ticket.sparsity
+        (0, 0.0)
+    """
+    classes = len(data.classes)
+    initial = build(network, channels=data.channels, classes=classes, seed=seed).state_dict()
+    identity = key(network, data.fingerprint, seed)
+    where = (identity, network, data.channels, classes, data.name, data.fingerprint, seed)
+    return Ticket(*where, 0, "none", 0, False, masks={}, initial=initial, late={}, trained={})
+
+
+def ticket_path(folder: Path, ticket: Ticket) -> Path:
+    """Where a ticket is kept: a name to read, and a key that makes it the only one.
+
+    Args:
+        folder: of the lottery.
+        ticket: to be kept.
+
+    Returns:
+        The path of its file.
+    """
+    method = "" if ticket.method == "none" else f"-{ticket.drawn.replace(' ', '-')}"
+    name = f"{ticket.network.slug}-{ticket.data}{method}-seed{ticket.seed}-level{ticket.level:02d}"
+    return folder / "tickets" / f"{name}-{ticket.sparsity:.4f}-{ticket.identity}.safetensors"
 
 
 def save_ticket(ticket: Ticket, path: Path) -> None:
@@ -80,21 +144,23 @@ def save_ticket(ticket: Ticket, path: Path) -> None:
     """
     header = {name: getattr(ticket, name) for name in HEADER}
     header |= {"network": dataclasses.asdict(ticket.network), "sparsity": ticket.sparsity}
-    groups = {name: getattr(ticket, name) for name in TENSORS}
-    save(path, "ticket", header, groups)
+    save(path, "ticket", header, {name: getattr(ticket, name) for name in TENSORS})
 
 
-def load_ticket(path: Path | str) -> Ticket:
+def load_ticket(path: Path | str, *, model: str | None = None) -> Ticket:
     """Read a ticket back.
 
     Args:
         path: of a file that `save_ticket` wrote.
+        model: the `MODULE:FUNCTION` that you allow to be imported, where the ticket's network is a user's: a file from
+            elsewhere is not to choose what runs here. Default: none.
 
     Returns:
         The ticket, its tensors on the CPU.
 
     Raises:
-        LotteryError: when the file is missing, broken, or something else than a ticket.
+        LotteryError: when the file is missing, damaged, or something else than a ticket, or when its tensors are not
+            those of the network it names.
 
     Example:
         >>> load_ticket("setup.cfg")
@@ -104,120 +170,78 @@ def load_ticket(path: Path | str) -> Ticket:
     """
     header, groups = load(Path(path), "ticket")
     try:
+        network = Network(**header["network"])
+        if network.family == "user" and network.name != model:
+            raise LotteryError(
+                f"{path} is a ticket of the network {network.name!r}, code that is not ours: if you trust it, allow it "
+                f"by --model {network.name} (load_ticket(..., model={network.name!r}))"
+            )
         known: dict[str, Any] = {name: header[name] for name in HEADER}
         tensors: dict[str, Any] = {name: groups[name] for name in TENSORS}
-        ticket = Ticket(network=Network(**header["network"]), **known, **tensors)
+        ticket = Ticket(network=network, **known, **tensors)
         ticket.model()
+    except LotteryError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise LotteryError(
-            f"{path} is a ticket whose content does not fit together: {_first_line(error)}"
+            f"{path} is a ticket whose content does not fit together: {first_line(error)}"
         ) from error
     return ticket
 
 
-def save(path: Path, kind: str, header: Mapping[str, Any], groups: Mapping[str, State]) -> None:
-    """Write groups of tensors with a header, so that a file is there whole or not at all.
+def read_masks(path: Path | str, model: nn.Module) -> State:
+    """Read "any mask" for a network, from a file of safetensors or of `torch.save`, by the names of its parameters.
+
+    A mask is named as its parameter, or with `_mask` after it, and is bool or holds zeros and other numbers, as those
+    of `torch.nn.utils.prune` do. Other tensors of the file are left alone, so the state of a masked model will do.
 
     Args:
-        path: of the file; its folder is made.
-        kind: what it is, "ticket" say; `load` asks for it.
-        header: anything JSON can hold.
-        groups: tensors by group and name.
-
-    Raises:
-        LotteryError: when the folder cannot be written to.
-    """
-    from safetensors.torch import save as to_bytes
-
-    flat = {  # copies, as groups may share tensors: the initial weights are often the rewound ones
-        f"{group}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for group, state in groups.items()
-        for name, tensor in state.items()
-    }
-    full = {
-        "format": FORMAT,
-        "kind": kind,
-        "torch": torch.__version__,
-        "groups": sorted(groups),
-        "digest": _digest(flat),
-    }
-    payload = to_bytes(flat, metadata={"sparsetweaks": json.dumps({**full, "header": dict(header)})})
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(payload)
-        os.replace(partial, path)
-    except OSError as error:
-        raise LotteryError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, State]]:
-    """Read what `save` wrote, and check that it is whole and of the right kind.
-
-    Args:
-        path: of the file.
-        kind: what it must be.
+        path: of the file. Nothing in it is run: `torch.load` gets `weights_only=True`.
+        model: whose masks they are; it is only read.
 
     Returns:
-        The header, and the tensors by group and name.
+        Bool masks by parameter, True = kept.
 
     Raises:
-        LotteryError: when the file is missing, broken, or of another kind.
+        LotteryError: when the file cannot be read, or holds no mask of these parameters' names and shapes.
     """
-    from safetensors import SafetensorError, safe_open
-
+    path = Path(path)
     if not path.is_file():
         raise LotteryError(f"{path} does not exist, or is no file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            full = json.loads((file.metadata() or {})["sparsetweaks"])
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        version, found, digest, header = full["format"], full["kind"], full["digest"], full["header"]
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+    tensors = _tensors_of(path)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    masks = {}
+    for name, tensor in tensors.items():
+        stem = name.removesuffix("_mask")
+        if stem in shapes and (stem != name or tensor.dtype == torch.bool):
+            if tensor.shape != shapes[stem]:
+                raise LotteryError(
+                    f"{path}: the mask of {stem!r} is {tuple(tensor.shape)}, its weight {tuple(shapes[stem])}: is it of "
+                    "another network?"
+                )
+            masks[stem] = tensor != 0
+    if not masks:
         raise LotteryError(
-            f"{path} is not a file of sparsetweaks, or is damaged: {_first_line(error)}"
-        ) from error
-    if (version, found) != (FORMAT, kind):
-        raise LotteryError(f"{path} is a {found} of format {version}; wanted is a {kind} of format {FORMAT}")
-    if digest != _digest(flat):
-        raise LotteryError(f"{path} is damaged: its tensors are not those that were written")
-    groups: dict[str, State] = {group: {} for group in full["groups"]}
-    for name, tensor in flat.items():
-        group, _, rest = name.partition("/")
-        groups[group][rest] = tensor
-    return header, groups
+            f"{path} holds no mask of this network: it holds {', '.join(list(tensors)[:3]) or 'nothing'}, the network "
+            f"{', '.join(list(shapes)[:3])}, ...; a mask is named as its parameter, or with _mask after it"
+        )
+    return masks
 
 
-def check_writable(folder: Path) -> None:
-    """Find out before hours of training, not after, that results cannot be written.
+def _tensors_of(path: Path) -> State:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-    Args:
-        folder: to write to; made if it is not there.
-
-    Raises:
-        LotteryError: when that is not possible.
-    """
-    probe = folder / f".{os.getpid()}.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
+        return load_file(path)
+    except SafetensorError:
+        pass
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the unpickler stumbles over
         raise LotteryError(
-            f"cannot write to {folder}: {error.strerror}; choose another with --out"
+            f"{path} is neither safetensors nor a file of torch.save: {first_line(error)}"
         ) from error
-
-
-def _digest(flat: State) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(flat):
-        tensor = flat[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    if not isinstance(found, dict):
+        raise LotteryError(f"{path} holds a {type(found).__name__}, not tensors by name")
+    return {str(name): tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}

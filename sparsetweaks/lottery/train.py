@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from sparsetweaks.keeping import keep_masks
-from sparsetweaks.lottery import store
 from sparsetweaks.lottery.config import LotteryError, Recipe
 from sparsetweaks.lottery.data import Data, Images, batches
+from sparsetweaks.lottery.files import State, load, save
 from sparsetweaks.masks import find_masks
+from sparsetweaks.recipe.labels import distillation_loss
 
 SEED_STRIDE = 1_000_003  # no two epochs of two seeds share a generator
+SAVING = 0.01  # the most of the time that may go into checkpoints
 
 
 @dataclass
@@ -33,10 +36,14 @@ class Trained:
     test: float | None = (
         None  # accuracy of that epoch's weights, as the authors report it; None while unfinished
     )
+    loss: float = math.nan  # mean over the last epoch
     seconds: float = 0.0  # of training alone
     steps: int = 0
+    averaged: int = 0  # epochs whose weights are in the average
     note: dict[str, Any] = field(default_factory=dict)  # of the caller's
-    weights: dict[str, store.State] = field(default_factory=dict, repr=False)  # "last", "best", "rewind"
+    weights: dict[str, State] = field(default_factory=dict, repr=False)  # "last", "best", "rewind", "average"
+    title: str = field(default="", compare=False)  # of this training, for whoever watches
+    total: int = field(default=0, compare=False)  # epochs that it is to have
 
 
 def train(
@@ -46,9 +53,11 @@ def train(
     *,
     seed: int,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    teacher: nn.Module | None = None,
     rewind_epoch: int = 0,
     checkpoint: Path | None = None,
     note: dict[str, Any] | None = None,
+    title: str = "",
     on_epoch: Callable[[Trained], None] | None = None,
 ) -> Trained:
     """Train `model` in place, its masks kept, and report the test accuracy of its best epoch in validation.
@@ -56,13 +65,16 @@ def train(
     Args:
         model: any classifier; moved to the device of `data`; left with the weights of the best epoch.
         data: from `load`.
-        recipe: how long, how fast, how precise.
+        recipe: how long, how fast, how precise; with `average_from`, the weights that are reported are the mean of those
+            after each epoch from there on, with BatchNorm's statistics taken anew.
         seed: of the order of the images and their augmentation.
         loss: of logits and labels; default cross-entropy.
+        teacher: a network to learn from as well, by `distillation_loss`.
         rewind_epoch: after how many epochs to remember the weights; 0, the start, is the original lottery ticket (k = 0).
-        checkpoint: a file to keep the state of each epoch in; a training that was cut off goes on from there, a finished
-            one is read back. Default: none.
+        checkpoint: a file to keep the state in, so often that it takes a hundredth of the time at most; a training that
+            was cut off goes on from there, a finished one is read back. Default: none.
         note: anything JSON can hold, kept with the result.
+        title: to tell this training from others while it runs.
         on_epoch: called after each epoch with what it has come to.
 
     Returns:
@@ -75,7 +87,7 @@ def train(
         >>> from sparsetweaks.lottery.config import Network
         >>> from sparsetweaks.lottery.data import load
         >>> from sparsetweaks.lottery.models import build
-        >>> data, model = load("digits"), build(Network(depth=8, width=4), channels=1, classes=10, seed=0)
+        >>> data, model = load("digits"), build(Network("resnet8", width=4), channels=1, classes=10, seed=0)
         >>> train(model, data, Recipe(epochs=1), seed=0).best_epoch
         1
     """
@@ -83,6 +95,7 @@ def train(
     loss = nn.CrossEntropyLoss() if loss is None else loss
     model.to(device).to(memory_format=torch.channels_last)
     forward = torch.compile(model) if recipe.compile else model
+    teach = None if teacher is None else teacher.to(device).to(memory_format=torch.channels_last).eval()
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=recipe.learning_rate,
@@ -95,6 +108,8 @@ def train(
     done = _resumed(checkpoint, model, optimizer) or Trained(
         note=note or {}, weights={"rewind": _copy(model)}
     )
+    done.title, done.total = title, recipe.epochs
+    save_if_due = _saver(checkpoint, done, optimizer, model)
 
     with keep_masks(model, optimizer) if find_masks(model) else contextlib.nullcontext():
         for epoch in range(done.epochs, recipe.epochs):
@@ -107,16 +122,18 @@ def train(
             ):
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.learning_rate * schedule(epoch + step / steps, recipe)
+                images = images.contiguous(memory_format=torch.channels_last)
                 with autocast:
-                    logits = forward(images.contiguous(memory_format=torch.channels_last))
-                value = loss(logits.float(), labels)
+                    logits = forward(images)
+                value = _objective(loss, teach, logits, labels, images, autocast)
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()
                 total += value.detach()
-            if not math.isfinite(total.item()):  # asked once an epoch, as the answer waits for the device
+            done.loss = total.item() / steps  # asked once an epoch, as the answer waits for the device
+            if not math.isfinite(done.loss):
                 raise LotteryError(
-                    f"the loss became {total.item()} in epoch {epoch + 1}: lower the learning rate, or warm up"
+                    f"the loss became {done.loss} in epoch {epoch + 1}: lower the learning rate, or warm up"
                 )
             done.seconds += time.perf_counter() - started
             done.epochs, done.steps = epoch + 1, done.steps + steps
@@ -128,15 +145,81 @@ def train(
                 done.weights["best"] = done.weights["last"]
             if epoch + 1 == rewind_epoch:
                 done.weights["rewind"] = done.weights["last"]
-            _save(checkpoint, done, optimizer, model)
+            if recipe.average_from is not None and epoch >= recipe.average_from * recipe.epochs:
+                _add_to_average(done)
+            save_if_due()
             if on_epoch is not None:
                 on_epoch(done)
-    model.load_state_dict(done.weights["best"])
     if done.test is None:
+        if "average" in done.weights:
+            _use_average(done, model, data, recipe, autocast)
+        model.load_state_dict(done.weights["best"])
         with autocast:
             done.test = accuracy(model, data.test, data)
+        done.weights.pop("average", None)
         _save(checkpoint, done)
+    model.load_state_dict(done.weights["best"])
     return done
+
+
+def _objective(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    teacher: nn.Module | None,
+    logits: Tensor,
+    labels: Tensor,
+    images: Tensor,
+    autocast: torch.autocast,
+) -> Tensor:
+    if teacher is None:
+        return loss(logits.float(), labels)
+    with torch.no_grad(), autocast:
+        taught = teacher(images)
+    return distillation_loss(logits.float(), labels, teacher=taught.float(), label_loss=loss)
+
+
+def _add_to_average(done: Trained) -> None:
+    """Take the last weights into the mean of those before."""
+    mean, done.averaged = done.weights.get("average", done.weights["last"]), done.averaged + 1
+    done.weights["average"] = {
+        name: mean[name] + (last - mean[name]) / done.averaged if last.is_floating_point() else last
+        for name, last in done.weights["last"].items()
+    }
+
+
+def _use_average(
+    done: Trained, model: nn.Module, data: Data, recipe: Recipe, autocast: torch.autocast
+) -> None:
+    """Make the averaged weights the ones that are reported."""
+    model.load_state_dict(done.weights["average"])
+    with autocast:
+        refresh_statistics(model, data, size=recipe.batch_size)
+        done.validation, done.best_epoch = accuracy(model, data.validation, data), done.epochs
+    done.weights["best"] = _copy(model)
+
+
+def refresh_statistics(model: nn.Module, data: Data, *, size: int) -> None:
+    """Take BatchNorm's statistics anew, as weights that were averaged have none of their own (Izmailov et al., 3.2).
+
+    Args:
+        model: changed in place; left in evaluation mode.
+        data: whose training images the statistics are of, as they are.
+        size: images per batch.
+    """
+    norms = [
+        module for module in model.modules() if isinstance(module, _NormBase) and module.track_running_stats
+    ]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+        norm.momentum = None  # the mean over all batches
+    with torch.no_grad():
+        for images in data.train.images.split(size):
+            model(data.normalise(images).contiguous(memory_format=torch.channels_last))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
 
 
 def schedule(epoch: float, recipe: Recipe) -> float:
@@ -147,12 +230,14 @@ def schedule(epoch: float, recipe: Recipe) -> float:
         recipe: with its warm-up, its milestones and their decay.
 
     Returns:
-        A factor in (0, 1].
+        A factor in (0, 1]; constant while weights are averaged.
 
     Example:
         >>> [schedule(epoch, Recipe(epochs=180)) for epoch in (0, 90, 135)]
         [1.0, 0.1, 0.010000000000000002]
     """
+    if recipe.average_from is not None and epoch >= recipe.average_from * recipe.epochs:
+        return recipe.average_rate
     passed = sum(epoch >= milestone * recipe.epochs for milestone in recipe.milestones)
     warmup = min(1.0, (epoch + 1e-3) / recipe.warmup_epochs) if recipe.warmup_epochs else 1.0
     return warmup * recipe.decay**passed
@@ -224,9 +309,42 @@ def load_trained(checkpoint: Path) -> Trained:
     Raises:
         LotteryError: when the file is missing, broken, or something else.
     """
-    header, groups = store.load(checkpoint, "training")
-    groups.pop("momentum", None)
-    return Trained(weights=groups, **header)
+    done, _ = _read(checkpoint)
+    return done
+
+
+def _read(checkpoint: Path) -> tuple[Trained, State]:
+    """What a training has come to, and its momentum."""
+    header, groups = load(checkpoint, "training")
+    momentum = groups.pop("momentum", {})
+    return Trained(weights=groups, **header), momentum
+
+
+def save_trained(checkpoint: Path, done: Trained) -> None:
+    """Keep what a training has come to.
+
+    Args:
+        checkpoint: the file, for `load_trained`.
+        done: all of it.
+    """
+    _save(checkpoint, done)
+
+
+def _saver(
+    checkpoint: Path | None, done: Trained, optimizer: torch.optim.Optimizer, model: nn.Module
+) -> Callable[[], None]:
+    """A function that saves unless that would take more than its share of the time since it last did."""
+    saved, cost = time.perf_counter(), 0.0
+
+    def save_if_due() -> None:
+        nonlocal saved, cost
+        now = time.perf_counter()
+        if now - saved >= cost / SAVING:
+            _save(checkpoint, done, optimizer, model)
+            saved = time.perf_counter()
+            cost = saved - now
+
+    return save_if_due
 
 
 def _save(
@@ -238,7 +356,9 @@ def _save(
     if checkpoint is None:
         return
     header = {
-        spec.name: getattr(done, spec.name) for spec in dataclasses.fields(done) if spec.name != "weights"
+        spec.name: getattr(done, spec.name)
+        for spec in dataclasses.fields(done)
+        if spec.name not in ("weights", "title", "total")
     }
     groups = dict(done.weights)
     if optimizer is not None and model is not None:
@@ -247,21 +367,20 @@ def _save(
             for name, parameter in model.named_parameters()
             if parameter in optimizer.state
         }
-    store.save(checkpoint, "training", header, groups)
+    save(checkpoint, "training", header, groups)
 
 
 def _resumed(checkpoint: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> Trained | None:
-    """Put weights and momentum back as they were after the last epoch that was finished."""
+    """Put weights and momentum back as they were after the last epoch that was kept."""
     if checkpoint is None or not checkpoint.is_file():
         return None
-    done = load_trained(checkpoint)
+    done, momentum = _read(checkpoint)
     model.load_state_dict(done.weights["last"])
-    momentum = store.load(checkpoint, "training")[1].get("momentum", {})
     for name, parameter in model.named_parameters():
         if name in momentum:
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum[name])
     return done
 
 
-def _copy(model: nn.Module) -> store.State:
+def _copy(model: nn.Module) -> State:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -9,7 +9,7 @@ weights at zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,16 +17,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _NormBase
 
 from sparsetweaks.copying import copy_model
 from sparsetweaks.errors import SurgeryError
 from sparsetweaks.masks import find_masks
-from sparsetweaks.recipe.labels import check_targets
+from sparsetweaks.probing import (
+    LOW_PRECISION,
+    Loss,
+    Pair,
+    call,
+    check_iterable,
+    check_pair,
+    cross_entropy,
+    device_of,
+    is_pair,
+    map_tensors,
+    probe_copy,
+    rng_restored,
+    tensors,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
-Pair = tuple[Any, Any]
-Loss = Callable[[Any, Any], Tensor]
 
 # The defaults: the command in the README of the authors' follow-up (ToST, ICML 2022). That code's own
 # defaults are 390 iterations, scale_lr 1e-3, gamma infinite and no normalising; GradInit's launch scripts for
@@ -41,7 +52,6 @@ OVERLAP = 0.5
 BETAS = (0.9, 0.999)  # of the Adam that learns the scales, as in the reference
 EPSILON = 1e-8
 
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
 _TWICE_DIFFERENTIABLE = SDPBackend.MATH  # fused attention has no second derivative
 
 
@@ -315,7 +325,7 @@ class _Search:
 
     def __init__(self, model: nn.Module, settings: _Settings) -> None:
         self.settings = settings
-        self.model, self.widened = _learning_copy(model)
+        self.model, self.widened = probe_copy(model)
         self.tensors = {n: p for n, p in _floating_parameters(self.model).items() if p.requires_grad}
         if not self.tensors:
             raise SurgeryError("the model has no trainable parameter to scale")
@@ -331,9 +341,9 @@ class _Search:
         }
 
     def run(self, batch: Pair | Iterable[Pair]) -> LayerScales:
-        batches = _Batches(batch, self.settings.overlap, self._device(), self.widened)
+        batches = _Batches(batch, self.settings.overlap, device_of(self.model), self.widened)
         history: list[tuple[float, float, float]] = []
-        with _rng_restored(self.model), torch.enable_grad():
+        with rng_restored(self.model), torch.enable_grad():
             graph = False
             for _ in range(int(self.settings.iterations)):
                 history.append(self._iterate(batches, graph))
@@ -363,7 +373,7 @@ class _Search:
 
     def _loss(self, pair: Pair, where: str) -> Tensor:
         torch.clear_autocast_cache()  # which holds the weights as they were before the last change
-        loss = (self.settings.loss or _cross_entropy)(_call(self.model, pair[0]), pair[1])
+        loss = (self.settings.loss or cross_entropy)(call(self.model, pair[0]), pair[1])
         if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()):
             raise SurgeryError("loss must return a scalar tensor, e.g. a mean over the samples")
         if not loss.requires_grad:
@@ -447,11 +457,6 @@ class _Search:
                 "the gradient is zero everywhere, so no step can be looked ahead to: is a layer all zero?"
             )
 
-    def _device(self) -> torch.device | None:
-        """The model's device, or None if it has several."""
-        devices = {parameter.device for parameter in self.model.parameters()}
-        return devices.pop() if len(devices) == 1 else None
-
 
 class _Batches:
     """The samples of the step and of the objective, drawn in the published code's order."""
@@ -460,14 +465,8 @@ class _Batches:
         self, batch: Pair | Iterable[Pair], overlap: float, device: torch.device | None, widen: bool
     ) -> None:
         self.overlap, self.device, self.widen = overlap, device, widen
-        if isinstance(batch, (Tensor, str, bytes, Mapping)) or not isinstance(batch, Iterable):
-            raise SurgeryError(
-                f"batch must be (inputs, targets) or an iterable of them, got a {type(batch).__name__}"
-            )
-        pair = (
-            isinstance(batch, (tuple, list)) and len(batch) == 2 and not isinstance(batch[1], (tuple, list))
-        )
-        self.whole = self._checked(batch) if pair else None
+        check_iterable(batch)
+        self.whole = self._checked(batch) if is_pair(batch) else None
         self.stream = self._cycle(batch)
 
     def for_step(self) -> Pair:
@@ -498,31 +497,12 @@ class _Batches:
                 raise SurgeryError(f"batch {ended if count else empty}")
 
     def _checked(self, pair: Any) -> Pair:
-        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-            raise SurgeryError(f"each batch must be a pair (inputs, targets), got a {type(pair).__name__}")
-        tensors = list(_tensors(pair))
-        if not tensors:
-            raise SurgeryError("the batch holds no tensor")
-        if any(tensor.ndim > 0 and len(tensor) == 0 for tensor in tensors):
-            raise SurgeryError("the batch is empty: it needs at least one sample")
-        for tensor in tensors:
-            if self.device is not None and tensor.device != self.device:
-                raise SurgeryError(
-                    f"the batch is on {tensor.device} but the model on {self.device}: move one with .to()"
-                )
+        inputs, targets = check_pair(pair, self.device)
         if self.widen:
-            pair = _map(lambda t: t.float() if t.dtype in _LOW_PRECISION else t, pair)
-        return pair[0], pair[1]
-
-
-def _cross_entropy(output: Any, targets: Any) -> Tensor:
-    if not isinstance(output, Tensor) or not isinstance(targets, Tensor):
-        raise SurgeryError(
-            f"cross entropy needs tensors, got {type(output).__name__} and {type(targets).__name__}: "
-            "pass loss=, a function of what the model returns and the targets"
-        )
-    check_targets(output, targets, wait=True)
-    return nn.functional.cross_entropy(output, targets)
+            inputs, targets = map_tensors(
+                lambda t: t.float() if t.dtype in LOW_PRECISION else t, (inputs, targets)
+            )
+        return inputs, targets
 
 
 def _differentiate(value: Tensor, by: list[nn.Parameter], *, graph: bool = False) -> list[Tensor]:
@@ -530,19 +510,6 @@ def _differentiate(value: Tensor, by: list[nn.Parameter], *, graph: bool = False
     if not value.requires_grad:
         return [torch.zeros_like(parameter) for parameter in by]
     return list(torch.autograd.grad(value, by, create_graph=graph, allow_unused=True, materialize_grads=True))
-
-
-def _learning_copy(model: nn.Module) -> tuple[nn.Module, bool]:
-    """A copy without dropout, BatchNorm by the batch, in float32 at least; and whether that widened it."""
-    copied = copy_model(model).eval()
-    for module in copied.modules():
-        if isinstance(module, _NormBase):
-            module.training = True
-            module.track_running_stats = False
-    low = [t for t in (*copied.parameters(), *copied.buffers()) if t.dtype in _LOW_PRECISION]
-    for tensor in low:
-        tensor.data = tensor.data.float()
-    return copied, bool(low)
 
 
 def _with_values(model: Model, values: Mapping[str, Tensor]) -> Model:
@@ -580,13 +547,13 @@ def _floating_parameters(model: nn.Module, *, tied: bool = False) -> dict[str, n
 
 def _first_fault(model: nn.Module, inputs: Any) -> str:
     """Which layer is the first whose output is not finite."""
-    if not all(_finite(tensor) for tensor in _tensors(inputs)):
+    if not all(_finite(tensor) for tensor in tensors(inputs)):
         return "the inputs are not finite"
     faults: list[str] = []
 
     def watch(name: str, module: nn.Module) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not faults and not all(_finite(tensor) for tensor in _tensors(output)):
+            if not faults and not all(_finite(tensor) for tensor in tensors(output)):
                 wrong = [n for n, p in module.named_parameters(recurse=False) if not _finite(p)]
                 because = f", whose {wrong[0]} is not finite either" if wrong else ""
                 faults.append(
@@ -597,7 +564,7 @@ def _first_fault(model: nn.Module, inputs: Any) -> str:
 
     handles = [watch(name, module) for name, module in model.named_modules()]
     with torch.no_grad():
-        _call(model, inputs)
+        call(model, inputs)
     for handle in handles:
         handle.remove()
     return faults[0] if faults else "every layer's output is finite, so it is the loss function"
@@ -605,18 +572,6 @@ def _first_fault(model: nn.Module, inputs: Any) -> str:
 
 def _finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    inputs = _map(torch.clone, inputs)  # a model that works in place must not reach the caller's batch
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
-def _rng_restored(model: nn.Module) -> AbstractContextManager[None]:
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    return torch.random.fork_rng(devices=sorted(devices))
 
 
 def _join(first: Any, second: Any) -> Any:
@@ -632,23 +587,3 @@ def _join(first: Any, second: Any) -> Any:
     raise SurgeryError(
         f"cannot join batches that hold a {type(first).__name__}: pass one pair (inputs, targets)"
     )
-
-
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: _map(function, part) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map(function, part) for part in value)
-    return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)

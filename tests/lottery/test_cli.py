@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sparsetweaks.lottery import cli
+from sparsetweaks.lottery.config import Recipe
+from sparsetweaks.lottery.reproduce import PRESETS
+from sparsetweaks.lottery.store import load_ticket
 
-SMALL = ["--depth", "8", "--width", "4", "--epochs", "1", "--batch-size", "64", "--limit", "20"]
+SMALL = ["--model", "resnet8", "--width", "4", "--epochs", "1", "--batch-size", "64", "--limit", "20"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
@@ -78,21 +85,72 @@ def test_the_demo_ends_with_table_rows_and_picture(monkeypatch, tmp_path: Path, 
     captured = capsys.readouterr()
     for name in ("vanilla", "AT", "TRT", "AT+TRT", "dense", "60 % sparse", "results.csv", "results.png"):
         assert name in captured.out
-    assert "5 of 5 runs" in captured.err
+    assert "6 of 6 runs" in captured.err
     assert len((tmp_path / "demo" / "results.csv").read_text().splitlines()) == 6
+
+
+def test_tickets_without_training_and_of_masks_from_elsewhere(monkeypatch, tmp_path: Path, capsys) -> None:
+    draw = ["draw", "--model", "resnet8", "--width", "4", "--limit", 20, "--sparsity", 0.5, "--out", tmp_path]
+    assert run(monkeypatch, *draw, "--method", "synflow") == 0
+    ticket = capsys.readouterr().out.split()[1]
+    assert "synflow" in Path(ticket).name
+    masks = tmp_path / "masks"
+    save_file(load_ticket(ticket).masks, masks)
+    assert run(monkeypatch, *draw, "--masks", masks) == 0
+    same = capsys.readouterr().out.split()[1]
+    assert all(torch.equal(load_ticket(same).masks[n], mask) for n, mask in load_ticket(ticket).masks.items())
+    spend = ["spend", same, ticket, "--variant", "vanilla", *SMALL[4:], "--out", tmp_path]
+    assert run(monkeypatch, *spend) == 0
+    printed = capsys.readouterr().out
+    assert "masks from a file" in printed
+    assert "synflow" in printed
+    assert run(monkeypatch, "report", tmp_path) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+
+
+def test_pools_by_the_command_line(monkeypatch, tmp_path: Path, capsys) -> None:
+    assert run(monkeypatch, "draw", *SMALL, "--levels", 2, "--fraction", 0.5, "--out", tmp_path) == 0
+    tickets = capsys.readouterr().out.split()
+    spend = ["spend", *tickets, *SMALL[4:], "--variant", "vanilla", "--variant", "pools", "--out", tmp_path]
+    assert run(monkeypatch, *spend) == 0
+    assert re.search(r"\| points gained \| pools +\|", capsys.readouterr().out)
+    rows = (tmp_path / "results.csv").read_text()
+    assert run(monkeypatch, *spend) == 0
+    assert (tmp_path / "results.csv").read_text() == rows
+
+
+def test_a_figure_by_the_command_line(monkeypatch, tmp_path: Path, capsys) -> None:
+    preset = replace(PRESETS["digits"], recipe=Recipe(epochs=1, batch_size=64), levels=1, seeds=(0,))
+    monkeypatch.setitem(PRESETS, "digits", preset)
+    assert run(monkeypatch, "reproduce", "--list", "--out", tmp_path / "out") == 0
+    assert "  yes  " not in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert run(monkeypatch, "reproduce", "1b", "--device", "cpu", "--out", tmp_path / "out") == 0
+    captured = capsys.readouterr()
+    assert "Figure 1b, resnet8, width 8" in captured.out
+    assert "one seed settles nothing" in captured.out
+    assert "7 of 7 stages" in captured.err  # one drawing, three variants of two networks
+    assert run(monkeypatch, "reproduce", "--list", "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().out.count("  yes  ") == 1
 
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
         (["draw", "--data", "nowhere"], 1, "unknown data set 'nowhere'"),
-        (["draw", "--depth", "9"], 1, "depth must be 6n + 2"),
+        (["draw", "--model", "resnet9"], 1, "depth must be 6n + 2"),
         (["draw", "--device", "cuda:99"], 1, "cannot train on the device 'cuda:99'"),
         (["draw", "--device", "toaster"], 1, "cannot train on the device 'toaster'"),
         (["draw", "--rewind-epoch", "500", *SMALL], 1, "rewind_epoch must lie between 0 and 0"),
         (["draw", "--learning-rate", "1e30", *SMALL], 1, "the loss became"),
         (["spend", "nowhere.safetensors"], 1, "nowhere.safetensors does not exist"),
         (["show"], 1, "does not exist: spend some tickets first"),
+        (["draw", "--model", "lenet"], 1, "unknown network 'lenet'"),
+        (["draw", "--method", "snip"], 1, "say to which --sparsity"),
+        (["draw", "--masks", "nowhere"], 1, "nowhere does not exist"),
+        (["reproduce", "2"], 1, "unknown figure '2'; choose from 1a"),
+        (["reproduce", "4a", "--preset", "paper"], 1, "needs --data"),
+        (["reproduce", "4a", "--device", "cuda:99"], 1, "cannot train on the device 'cuda:99'"),
     ],
 )
 def test_what_a_user_can_put_right_is_one_line(monkeypatch, tmp_path, capsys, words, code, message) -> None:
@@ -158,7 +216,7 @@ def test_the_module_is_the_command() -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "sparsetweaks", "--help"], capture_output=True, text=True, check=True
     )
-    for name in ("draw", "spend", "show", "demo"):
+    for name in ("draw", "spend", "show", "demo", "report", "reproduce"):
         assert name in shown.stdout
 
 

@@ -168,3 +168,165 @@ def test_batches_depend_on_their_generator_alone() -> None:
     )
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# --------------------------------------------------------------------------------------------- layouts and damage
+
+
+@pytest.fixture
+def one_folder(tmp_path: Path) -> Path:
+    """Two classes of eleven images each, without a split."""
+    folder = tmp_path / "flowers"
+    for label, name in enumerate(("daisy", "rose")):
+        (folder / name).mkdir(parents=True)
+        for i in range(11):
+            Image.new("RGB", (8, 8), (200 * label, i, 20 * i)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_a_folder_without_a_split_is_split_by_seed(one_folder: Path) -> None:
+    data, again, other = (load(one_folder, split_seed=seed) for seed in (0, 0, 1))
+    assert (len(data.train), len(data.validation), len(data.test)) == (18, 2, 2)
+    assert sorted(data.test.labels.tolist()) == [0, 1]  # a tenth of each class
+    assert torch.equal(data.test.images, again.test.images)
+    assert data.fingerprint == again.fingerprint != other.fingerprint
+    pixels = [part.images.flatten(1) for part in (data.train, data.validation, data.test)]
+    everything = torch.cat(pixels)
+    assert len(everything.unique(dim=0)) == len(everything) == 22  # no image is in two parts
+
+
+def test_the_seed_of_the_split_chooses_the_validation_images() -> None:
+    one, other = load("digits"), load("digits", split_seed=1)
+    assert not torch.equal(one.validation.images, other.validation.images)
+    assert torch.equal(one.test.images, other.test.images)
+    assert one.fingerprint != other.fingerprint  # a ticket of one is none of the other
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"), [("CIFAR10", "cifar-10-batches-py"), ("CIFAR100", "cifar-100-python")]
+)
+def test_damaged_cifar_is_named(tmp_path: Path, name: str, inside: str) -> None:
+    pytest.importorskip("torchvision")
+    (tmp_path / inside).mkdir()
+    (tmp_path / inside / "data_batch_1").write_bytes(b"half")
+    for folder in (tmp_path, tmp_path / inside):
+        with pytest.raises(
+            LotteryError, match=rf"{inside} is not {name} as it is distributed, or is damaged"
+        ):
+            load(folder)
+
+
+def test_cifar100_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 40), ("test", 4)):
+        labels = list(range(4)) * (count // 4)
+        batch = {"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), "fine_labels": labels}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    names = {"fine_label_names": [f"c{i}" for i in range(100)]}
+    (folder / "meta").write_bytes(pickle.dumps(names))
+    monkeypatch.setattr(datasets.CIFAR100, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    for given in (tmp_path, folder):
+        data = load(given)
+        assert (data.name, len(data.classes), data.train.images.shape) == ("cifar100", 100, (36, 3, 32, 32))
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path: Path) -> Path:
+    """The official layout: boxes beside the images, words and wnids, and test images without labels."""
+    root, generator = tmp_path / "tiny-imagenet-200", torch.Generator().manual_seed(0)
+    lines = []
+    for label, name in enumerate(("n01443537", "n01629819")):
+        images = root / "train" / name / "images"
+        images.mkdir(parents=True)
+        (root / "val" / "images").mkdir(parents=True, exist_ok=True)
+        (images.parent / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t0\t63\t63\n")
+        for i in range(6):
+            noise = torch.randint(50, (64, 64, 3), generator=generator, dtype=torch.uint8) + 150 * label
+            mode = "L" if i == 0 else "RGB"  # some of its images are grey
+            Image.fromarray(noise.numpy()).convert(mode).save(images / f"{name}_{i}.JPEG")
+        Image.new("RGB", (64, 64), (160 * label,) * 3).save(root / "val" / "images" / f"val_{label}.JPEG")
+        lines.append(f"val_{label}.JPEG\t{name}\t0\t32\t44\t62")
+    (root / "val" / "val_annotations.txt").write_text("\n".join(reversed(lines)) + "\n")
+    (root / "test" / "images").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(root / "test" / "images" / "test_0.JPEG")
+    (root / "wnids.txt").write_text("n01443537\nn01629819\n")
+    (root / "words.txt").write_text("n01443537\tgoldfish, Carassius auratus\n")
+    return root
+
+
+def test_tiny_imagenet_as_it_is_distributed(tiny_imagenet: Path) -> None:
+    data = load(tiny_imagenet)
+    assert (data.name, data.classes) == ("tiny-imagenet", ("n01443537", "n01629819"))
+    assert data.train.images.shape == (11, 3, 64, 64)
+    assert data.test.labels.tolist() == [1, 0]
+    assert data.test.images[0].float().mean() > 100 > data.test.images[1].float().mean()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda f: (f / "val" / "images" / "val_1.JPEG").unlink(),
+            r"val_1.JPEG is missing, which val_annotations",
+        ),
+        (
+            lambda f: (f / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn9\t0\n"),
+            "line 1, is not 'image",
+        ),
+        (lambda f: (f / "val" / "val_annotations.txt").write_text("\n"), "names no images"),
+        (lambda f: (f / "train").rename(f / "trian"), "no folder 'train': unpack Tiny-ImageNet anew"),
+        (lambda f: (f / "train" / "n01443537" / "images").rename(f / "gone"), "images is missing"),
+        (
+            lambda f: (f / "train" / "n01443537" / "images" / "n01443537_3.JPEG").write_bytes(
+                b"\xff\xd8 half"
+            ),
+            "not an image",
+        ),
+    ],
+)
+def test_damaged_tiny_imagenet_is_named(tiny_imagenet: Path, damage, message: str) -> None:
+    damage(tiny_imagenet)
+    with pytest.raises(LotteryError, match=message):
+        load(tiny_imagenet)
+
+
+def test_a_class_with_one_image_is_named(image_folder: Path, one_folder: Path) -> None:
+    for i in range(1, 6):
+        (image_folder / "train" / "cold" / f"{i}.png").unlink()
+    with pytest.raises(
+        LotteryError, match="cold holds one image; at least 2 are needed, to train and to validate on"
+    ):
+        load(image_folder, size=8)
+    for i in range(2, 11):
+        (one_folder / "rose" / f"{i}.png").unlink()
+    with pytest.raises(
+        LotteryError, match="rose holds 2 images; at least 3 are needed, to train, to validate and"
+    ):
+        load(one_folder)
+
+
+def test_a_layout_that_is_none_of_these_is_told_what_is_understood(tmp_path: Path, one_folder: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        LotteryError, match=r"holds 0 class folders; at least 2 are needed\. Understood are CIFAR-10"
+    ):
+        load(tmp_path / "empty")
+    deep = tmp_path / "deep"
+    for name in ("a", "b"):
+        (deep / name / "more" / "images").mkdir(parents=True)
+    with pytest.raises(LotteryError, match="more is a folder, where images of one class were looked for"):
+        load(deep)
+
+
+@pytest.mark.parametrize("where", [0.5, 0.99])
+def test_a_cache_with_a_flipped_bit_is_decoded_anew(image_folder: Path, tmp_path: Path, where: float) -> None:
+    first = load(image_folder, size=8, cache=tmp_path / "cache")
+    (file,) = (tmp_path / "cache").iterdir()
+    content = bytearray(file.read_bytes())
+    content[int(where * len(content))] ^= 1
+    file.write_bytes(content)
+    assert load(image_folder, size=8, cache=tmp_path / "cache").fingerprint == first.fingerprint

@@ -12,7 +12,16 @@ import pytest
 
 from sparsetweaks.lottery.config import LotteryError
 from sparsetweaks.lottery.grid import run_all
-from sparsetweaks.lottery.results import Cell, append_row, plot, read_rows, summarise, t_quantile, table
+from sparsetweaks.lottery.results import (
+    Cell,
+    append_row,
+    plot,
+    read_rows,
+    statistics,
+    summarise,
+    t_quantile,
+    table,
+)
 
 
 def row(variant: str, sparsity: float, seed: int, test: float) -> dict[str, object]:
@@ -147,3 +156,56 @@ def test_processes_end_when_nobody_waits_for_them() -> None:
     runs.close()
     assert time.monotonic() - started < 120
     assert not multiprocessing.active_children()
+
+
+# --------------------------------------------------------------------------------------------------- statistics
+
+
+def test_statistics_agree_with_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    numpy = pytest.importorskip("numpy")
+    rng = numpy.random.default_rng(0)
+    seeds = range(7)
+    tests = {name: rng.normal(0.9, 0.02, len(seeds)) for name in ("vanilla", "AT")}
+    rows = [row(name, 0.5, seed, tests[name][seed]) for name in tests for seed in seeds]
+    (vanilla, tweaked) = statistics(rows)
+    for line, name in ((vanilla, "vanilla"), (tweaked, "AT")):
+        values = 100 * tests[name]
+        low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+        assert line["mean"] == pytest.approx(values.mean(), abs=1e-3)
+        assert line["deviation"] == pytest.approx(numpy.std(values, ddof=1), abs=1e-3)
+        assert line["interval"] == pytest.approx((high - low) / 2, abs=2e-3)
+    paired = stats.ttest_rel(100 * tests["AT"], 100 * tests["vanilla"])
+    low, high = paired.confidence_interval(0.95)
+    assert tweaked["gain"] == pytest.approx((low + high) / 2, abs=1e-3)
+    assert tweaked["gain_interval"] == pytest.approx((high - low) / 2, abs=2e-3)
+    assert (tweaked["over"], tweaked["pairs"], vanilla["gain"]) == ("vanilla", 7, "")
+
+
+def test_gains_may_be_over_another_variant_and_of_the_seeds_in_common() -> None:
+    rows = [row("rewinding", 0.5, seed, 0.8) for seed in (0, 1, 2)]
+    rows += [row("AT", 0.5, seed, 0.8 + seed / 100) for seed in (1, 2, 3)]
+    line = next(line for line in statistics(rows, over="rewinding") if line["variant"] == "AT")
+    assert (line["pairs"], line["gain"], line["seeds"]) == (2, 1.5, 3)
+
+
+def test_one_seed_gives_no_interval() -> None:
+    (line,) = statistics([row("vanilla", 0.5, 0, 0.9)])
+    assert (line["mean"], line["deviation"], line["interval"]) == (90.0, "", "")
+
+
+def test_tickets_drawn_in_different_ways_are_not_mixed_and_share_the_dense_network() -> None:
+    rows = [
+        {**each, "drawn": "none" if not each["sparsity"] else way} for way in ("imp", "omp") for each in ROWS
+    ]
+    settings = summarise(rows)
+    assert [title.rpartition(", ")[2] for title in settings] == [
+        "iterative magnitude pruning",
+        "one-shot magnitude pruning",
+    ]
+    assert all(0.0 in summary and len(summary) == 3 for summary in settings.values())
+
+
+def test_recipes_that_differ_are_not_mixed() -> None:
+    settings = summarise([{**each, "recipe": recipe} for recipe in ("aaa", "bbb") for each in ROWS])
+    assert [title.rpartition(", ")[2] for title in settings] == ["recipe aaa", "recipe bbb"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from dataclasses import replace
 from itertools import pairwise
@@ -8,15 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sparsetweaks.lottery.config import VARIANTS, LotteryError, Network, Recipe, Tweaks, variant
 from sparsetweaks.lottery.data import Data
-from sparsetweaks.lottery.draw import dense_ticket, draw, draw_one_shot, ticket_path
+from sparsetweaks.lottery.draw import UNTRAINED, draw, draw_by_masks, draw_one_shot, draw_untrained
+from sparsetweaks.lottery.files import check_writable
+from sparsetweaks.lottery.models import build
+from sparsetweaks.lottery.pools import pool, pool_row
 from sparsetweaks.lottery.spend import row, run_key, spend, tweaked
-from sparsetweaks.lottery.store import Ticket, check_writable, load_ticket, save_ticket
+from sparsetweaks.lottery.store import Ticket, dense_ticket, load_ticket, save_ticket, ticket_path
 from sparsetweaks.masks import find_masks
+from sparsetweaks.surgery.skips import inject_skips
 
-NETWORK = Network(depth=8, width=4)
+NETWORK = Network("resnet8", width=4)
 RECIPE = Recipe(epochs=2, batch_size=64, precision="float32")
 
 
@@ -46,8 +52,8 @@ def test_masks_only_shrink(tickets: list[Ticket]) -> None:
 
 def test_masks_keep_the_largest_of_what_was_trained(tickets: list[Ticket]) -> None:
     ticket = tickets[1]
-    kept = torch.cat([ticket.scored[name][mask].abs() for name, mask in ticket.masks.items()])
-    pruned = torch.cat([ticket.scored[name][~mask].abs() for name, mask in ticket.masks.items()])
+    kept = torch.cat([ticket.trained[name][mask].abs() for name, mask in ticket.masks.items()])
+    pruned = torch.cat([ticket.trained[name][~mask].abs() for name, mask in ticket.masks.items()])
     assert kept.min() >= pruned.max()
 
 
@@ -65,8 +71,8 @@ def test_rewinding_to_a_later_epoch(digits: Data, tmp_path: Path) -> None:
         1
     ]
     name = next(iter(drawn.masks))
-    assert not torch.equal(drawn.rewound[name], drawn.initial[name])
-    assert not torch.equal(drawn.rewound[name], drawn.scored[name])
+    assert not torch.equal(drawn.late[name], drawn.initial[name])
+    assert not torch.equal(drawn.late[name], drawn.trained[name])
     assert not drawn.model().state_dict()[name][~drawn.masks[name]].any()
 
 
@@ -114,7 +120,7 @@ def test_a_ticket_file_gives_the_ticket_back(tickets: list[Ticket], tmp_path: Pa
     loaded = load_ticket(path)
     for name in ("identity", "network", "channels", "classes", "data", "fingerprint", "seed", "level"):
         assert getattr(loaded, name) == getattr(tickets[2], name)
-    for name in ("masks", "initial", "rewound", "scored"):
+    for name in ("masks", "initial", "late", "trained"):
         given, back = getattr(tickets[2], name), getattr(loaded, name)
         assert given.keys() == back.keys()
         assert all(
@@ -130,7 +136,7 @@ def test_anybody_can_read_the_header(tickets: list[Ticket], tmp_path: Path) -> N
     with safe_open(tmp_path / "a", framework="pt") as file:
         header = json.loads(file.metadata()["sparsetweaks"])
     assert header["kind"] == "ticket"
-    assert header["header"]["network"] == {"depth": 8, "width": 4}
+    assert header["header"]["network"] == {"name": "resnet8", "width": 4}
     assert header["header"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
@@ -181,12 +187,12 @@ def test_broken_and_foreign_files_are_named(
 
 def test_a_training_is_no_ticket(digits: Data, tickets: list[Ticket], tmp_path: Path) -> None:
     spend(tickets[1], Tweaks(), digits, RECIPE, seed=0, folder=tmp_path)
-    with pytest.raises(LotteryError, match="is a training of format 1; wanted is a ticket"):
+    with pytest.raises(LotteryError, match="is a training of format 2; wanted is a ticket"):
         load_ticket(next(tmp_path.iterdir()))
 
 
 def test_a_ticket_of_another_network_does_not_fit_together(tickets: list[Ticket], tmp_path: Path) -> None:
-    save_ticket(replace(tickets[1], network=Network(8, 8)), tmp_path / "a")
+    save_ticket(replace(tickets[1], network=Network("resnet8", 8)), tmp_path / "a")
     with pytest.raises(LotteryError, match="does not fit together"):
         load_ticket(tmp_path / "a")
 
@@ -214,14 +220,23 @@ def test_every_variant_trains_at_the_same_number_of_nonzeros(
     last = trained.weights["last"]
     assert sum(int(last[mask].count_nonzero()) for mask in ticket.masks) == result["nonzeros"]
     assert 0 <= result["test"] <= 1
+    unmasked = sum(p.numel() for name, p in ticket.model().named_parameters() if name not in ticket.masks)
+    assert result["nonzero_parameters"] == unmasked + ticket.nonzeros
+    assert result["parameters"] == unmasked + counts(ticket) + result["added"]
+
+
+def test_a_dense_network_has_all_its_weights(digits: Data, tickets: list[Ticket]) -> None:
+    count = tweaked(tickets[0], Tweaks(), digits, RECIPE, seed=0)[2]
+    assert count["nonzeros"] == count["budget"] == counts(tickets[1])
+    assert count["nonzero_parameters"] == count["parameters"]
 
 
 def test_what_pays_for_skips_are_the_smallest_survivors(digits: Data, tickets: list[Ticket]) -> None:
     ticket = tickets[2]
     model, _, count = tweaked(ticket, Tweaks(skips={"norm": True}), digits, RECIPE, seed=0)
     masks = {name: mask for name, mask in find_masks(model).items() if name in ticket.masks}
-    gone = torch.cat([ticket.scored[n][ticket.masks[n] & ~mask.cpu()].abs() for n, mask in masks.items()])
-    left = torch.cat([ticket.scored[n][mask.cpu()].abs() for n, mask in masks.items()])
+    gone = torch.cat([ticket.trained[n][ticket.masks[n] & ~mask.cpu()].abs() for n, mask in masks.items()])
+    left = torch.cat([ticket.trained[n][mask.cpu()].abs() for n, mask in masks.items()])
     assert len(gone) == count["added"] > 0
     assert gone.max() <= left.min()
 
@@ -265,7 +280,248 @@ def test_a_ticket_of_other_data_is_refused(digits: Data, tickets: list[Ticket], 
 
 def test_unknown_variants_list_the_known() -> None:
     with pytest.raises(LotteryError, match="unknown variant 'magic'; choose from vanilla, AT, TRT"):
-        variant("magic")
+        variant("AT+magic")
+
+
+def test_variants_are_put_together() -> None:
+    assert variant("AT+TRT+rewinding") == Tweaks({}, "swish", {}, smoothing=0.1, start="late")
+    assert variant("AT+TRT+KD") == Tweaks({}, "swish", {}, distillation=True)  # in place of smoothing
+    assert variant("authors-TRT") == Tweaks(
+        scales={}, scales_on="dense", smoothing=0.1, smoothing_form="wrong"
+    )
+    with pytest.raises(LotteryError, match="start must be one of ticket, late, trained, got 'early'"):
+        Tweaks(start="early")
+
+
+def test_the_authors_skips_add_what_their_code_adds_to_resnet18() -> None:
+    model = build(Network("resnet18"), channels=3, classes=100, seed=0)
+    added = {
+        name: p.numel() for name, p in inject_skips(model, **variant("authors-AT").skips).named_parameters()
+        if ".skip." in name
+    }  # fmt: skip
+    assert sum(count for name, count in added.items() if "projection" in name) == 1_220_608
+    assert sum(count for name, count in added.items() if "norm" in name) == 2 * 4 * (64 + 128 + 256 + 512)
+
+
+def test_the_authors_skips_cost_what_they_cost_unless_matched(digits: Data, tickets: list[Ticket]) -> None:
+    model, _, counts = tweaked(tickets[3], variant("authors-AT+unmatched"), digits, RECIPE, seed=0)
+    assert counts["nonzeros"] == tickets[3].nonzeros
+    assert counts["added"] > tickets[3].nonzeros
+    added = sum(p.numel() for n, p in model.named_parameters() if ".skip." in n)
+    assert counts["budget"] - counts["nonzeros"] == counts["added"] == added
+    vanilla = tweaked(tickets[3], Tweaks(), digits, RECIPE, seed=0)[2]
+    assert counts["flops"] > vanilla["flops"] > vanilla["effective_flops"]
+    assert (
+        counts["effective_flops"] - vanilla["effective_flops"] == counts["flops"] - vanilla["flops"]
+    )  # dense
+    with pytest.raises(LotteryError, match=r"compare without matching \(\+unmatched\)"):
+        tweaked(tickets[3], variant("authors-AT"), digits, RECIPE, seed=0)
+
+
+def test_effective_flops_are_those_that_the_masks_leave(digits: Data, tickets: list[Ticket]) -> None:
+    """On a network whose every layer is as large as the image: two per weight and pixel, and the classifier."""
+    counts = [tweaked(ticket, Tweaks(), digits, RECIPE, seed=0)[2] for ticket in tickets]
+    assert counts[0]["flops"] == counts[0]["effective_flops"] == counts[3]["flops"]
+    pixels = {"conv": 64, "stages.0": 64, "stages.1": 16, "stages.2": 4}
+    expected = 2 * 16 * 10
+    for name, mask in tickets[3].masks.items():
+        expected += 2 * int(mask.sum()) * next(n for start, n in pixels.items() if name.startswith(start))
+    assert counts[3]["effective_flops"] == expected
+
+
+def test_scales_learned_dense_are_not_those_of_the_ticket(digits: Data, tickets: list[Ticket]) -> None:
+    options = {"iterations": 3}
+    models = {
+        on: tweaked(tickets[3], Tweaks(scales=options, scales_on=on), digits, RECIPE, seed=0)[0]
+        for on in ("ticket", "dense")
+    }
+    start, masks = tickets[3].model().state_dict(), tickets[3].masks
+    factors = {
+        on: [float((model.get_parameter(n).detach()[m] / start[n][m]).mean()) for n, m in masks.items()]
+        for on, model in models.items()
+    }
+    for on, model in models.items():  # one factor per tensor, and the same masks
+        for (name, mask), factor in zip(masks.items(), factors[on], strict=True):
+            torch.testing.assert_close(model.get_parameter(name)[mask], start[name][mask] * factor)
+            assert not model.get_parameter(name)[~mask].any()
+    assert factors["ticket"] != factors["dense"]
+
+
+@pytest.mark.parametrize(
+    ("start", "weights"), [("ticket", "initial"), ("late", "late"), ("trained", "trained")]
+)
+def test_where_a_variant_starts_from(digits: Data, tickets: list[Ticket], start: str, weights: str) -> None:
+    model = tweaked(tickets[2], Tweaks(start=start), digits, RECIPE, seed=0)[0]
+    for name, mask in tickets[2].masks.items():
+        assert torch.equal(model.get_parameter(name)[mask], getattr(tickets[2], weights)[name][mask])
+        assert not model.get_parameter(name)[~mask].any()
+
+
+def test_late_weights_are_those_of_the_dense_training(
+    digits: Data, tickets: list[Ticket], tmp_path: Path
+) -> None:
+    assert tickets[2].late_epoch == 1  # of 2: 18 %, at least the first
+    dense = spend(tickets[0], Tweaks(), digits, replace(RECIPE, epochs=2), seed=0, folder=tmp_path)
+    assert all(torch.equal(tickets[2].late[name], value) for name, value in dense.weights["rewind"].items())
+    assert not torch.equal(tickets[2].late["fc.weight"], tickets[2].initial["fc.weight"])
+
+
+def test_the_teacher_is_the_dense_training_which_is_not_run_again(digits: Data, tmp_path: Path) -> None:
+    drawn = draw(digits, NETWORK, RECIPE, seed=0, folder=tmp_path, levels=1, fraction=0.5)
+    runs = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    taught = spend(drawn[1], variant("KD"), digits, RECIPE, seed=0, folder=tmp_path / "runs")
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert len(after) == len(runs) + 1
+    assert runs.items() <= after.items()
+    plain = spend(drawn[1], Tweaks(), digits, RECIPE, seed=0, folder=tmp_path / "runs")
+    assert not torch.equal(taught.weights["last"]["fc.weight"], plain.weights["last"]["fc.weight"])
+
+
+# -------------------------------------------------------------------------------------------- without training
+
+
+@pytest.mark.parametrize("method", UNTRAINED)
+def test_tickets_before_training(digits: Data, tmp_path: Path, method: str) -> None:
+    options = {"method": method, "sparsities": [0.5, 0.9], "folder": tmp_path}
+    drawn = draw_untrained(digits, NETWORK, seed=0, **options)
+    total = counts(drawn[1])
+    assert [ticket.nonzeros for ticket in drawn[1:]] == [total - round(s * total) for s in (0.5, 0.9)]
+    again = draw_untrained(digits, NETWORK, seed=0, **options)
+    assert [ticket.identity for ticket in drawn] == [ticket.identity for ticket in again]
+    loaded = load_ticket(ticket_path(tmp_path, drawn[2]))
+    assert all(torch.equal(loaded.masks[name], mask) for name, mask in again[2].masks.items())
+    model, _, count = tweaked(drawn[2], Tweaks(skips={"norm": True}), digits, RECIPE, seed=0)
+    masks = find_masks(model)  # what pays for the skips is what the method finds least important
+    assert count["budget"] == drawn[2].nonzeros
+    assert all(not (masks[name] & ~mask).any() for name, mask in drawn[2].masks.items())
+    with pytest.raises(
+        LotteryError, match=f"no late weights to start from, as one that was drawn by {method}"
+    ):
+        tweaked(drawn[1], variant("rewinding"), digits, RECIPE, seed=0)
+
+
+def test_tickets_before_training_want_what_there_is(digits: Data, tmp_path: Path) -> None:
+    for options, message in (
+        ({"method": "magic"}, "unknown method 'magic'; choose from random, snip, grasp, synflow"),
+        ({"method": "snip", "scope": "house"}, "unknown scope 'house'"),
+        ({"method": "snip", "sparsities": [1.0]}, "sparsity must lie between"),
+    ):
+        with pytest.raises(LotteryError, match=message):
+            draw_untrained(digits, NETWORK, seed=0, folder=tmp_path, **{"sparsities": [0.5], **options})
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch", "state of a pruned model"])
+def test_any_mask_from_a_file(digits: Data, tickets: list[Ticket], tmp_path: Path, form: str) -> None:
+    file, masks = tmp_path / "masks", tickets[2].masks
+    if form == "safetensors":
+        save_file(masks, file)
+    elif form == "torch":
+        torch.save({f"{name}_mask": mask.float() for name, mask in masks.items()}, file)
+    else:
+        torch.save(tickets[2].model().state_dict(), file)
+    dense, drawn = draw_by_masks(digits, NETWORK, file, seed=0, folder=tmp_path)
+    assert dense.level == 0
+    assert all(torch.equal(drawn.masks[name], mask) for name, mask in masks.items())
+    assert tweaked(drawn, variant("AT"), digits, RECIPE, seed=0)[2]["budget"] == drawn.nonzeros
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"text", "is neither safetensors nor a file of torch.save"),
+        ({"fc.weights": torch.ones(10, 16).bool()}, "holds no mask of this network: it holds fc.weights"),
+        (
+            {"fc.weight": torch.ones(10, 3).bool()},
+            r"the mask of 'fc.weight' is \(10, 3\), its weight \(10, 16\)",
+        ),
+        ([1, 2], "holds a list, not tensors by name"),
+    ],
+)
+def test_files_that_hold_no_masks_are_named(
+    digits: Data, tmp_path: Path, content: object, message: str
+) -> None:
+    file = tmp_path / "masks"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(LotteryError, match=message):
+        draw_by_masks(digits, NETWORK, file, seed=0, folder=tmp_path)
+    assert not (tmp_path / "tickets").exists()
+
+
+def test_a_mask_file_runs_no_code(digits: Data, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "exploded",))
+
+    torch.save({"fc.weight_mask": Bomb()}, tmp_path / "masks")
+    with pytest.raises(LotteryError, match="neither safetensors nor"):
+        draw_by_masks(digits, NETWORK, tmp_path / "masks", seed=0, folder=tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_ticket_of_a_users_network_asks_before_it_imports(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home_made.py").write_text(
+        "import pathlib; pathlib.Path(__file__).with_name('imported').touch()\n"
+        "from torch import nn\n"
+        "def small(channels, classes):\n"
+        "    return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.Flatten(), nn.Linear(144, classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    network = Network("home_made:small")
+    ticket = draw_untrained(digits, network, method="random", sparsities=[0.5], seed=0, folder=tmp_path)[1]
+    (tmp_path / "imported").unlink()
+    sys.modules.pop("home_made")
+    path = ticket_path(tmp_path, ticket)
+    with pytest.raises(LotteryError, match="if you trust it, allow it by --model home_made:small"):
+        load_ticket(path)
+    assert not (tmp_path / "imported").exists()
+    assert load_ticket(path, model="home_made:small").nonzeros == ticket.nonzeros
+    sys.modules.pop("home_made")
+
+
+# ------------------------------------------------------------------------------------------------ Lottery Pools
+
+
+def test_pools_keep_the_non_zeros_and_never_lose_in_validation(
+    digits: Data, tickets: list[Ticket], tmp_path: Path
+) -> None:
+    for ticket in tickets:
+        plain = spend(ticket, Tweaks(), digits, RECIPE, seed=0, folder=tmp_path)
+        pooled = pool(ticket, tickets, digits, RECIPE, seed=0, folder=tmp_path)
+        assert pooled.validation >= plain.validation
+        left = sum(int(pooled.weights["best"][name].count_nonzero()) for name in tickets[1].masks)
+        assert left <= (ticket.nonzeros or counts(tickets[1]))
+        again = pool(ticket, tickets, digits, RECIPE, seed=0, folder=tmp_path)
+        assert (again.test, again.validation) == (pooled.test, pooled.validation)
+        line = pool_row(ticket, tickets, digits, RECIPE, pooled, seed=0)
+        assert line["variant"] == "pools"
+        assert line["budget"] == (ticket.nonzeros or counts(tickets[1]))
+        assert line["run"] != row(ticket, "vanilla", Tweaks(), digits, RECIPE, plain, seed=0)["run"]
+
+
+def test_pools_choose_on_validation_and_look_at_the_test_images_once(
+    digits: Data, tickets: list[Ticket], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for ticket in tickets:
+        spend(ticket, Tweaks(), digits, RECIPE, seed=0, folder=tmp_path)
+    seen = []
+
+    def watch(model: torch.nn.Module, part: object, data: Data) -> float:
+        seen.append("test" if part is digits.test else "validation")
+        return 0.0
+
+    monkeypatch.setattr("sparsetweaks.lottery.pools.accuracy", watch)
+    pool(tickets[2], tickets, digits, RECIPE, seed=0, folder=tmp_path)
+    assert seen == ["validation"] * 18 + ["test"]  # nine shares of two neighbours
+
+
+def test_pools_need_other_levels(digits: Data, tickets: list[Ticket], tmp_path: Path) -> None:
+    with pytest.raises(LotteryError, match="give the tickets of several levels"):
+        pool(tickets[2], [tickets[2]], digits, RECIPE, seed=0, folder=tmp_path)
 
 
 def test_nothing_here_warns(digits: Data, tickets: list[Ticket]) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from sparsetweaks.lottery.train import accuracy, schedule, train
 from sparsetweaks.masks import find_masks
 from sparsetweaks.pruning import prune
 
-NETWORK = Network(depth=8, width=4)
+NETWORK = Network("resnet8", width=4)
 RECIPE = Recipe(epochs=2, batch_size=64, precision="float32")
 
 
@@ -27,7 +29,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_resnet20_is_that_of_the_paper() -> None:
-    model = build(Network(20, 16), channels=3, classes=10, seed=0)
+    model = build(Network("resnet20", width=16), channels=3, classes=10, seed=0)
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert len([c for c in convolutions if c.kernel_size == (3, 3)]) == 19  # and the classifier makes 20
     assert sum(p.numel() for p in model.parameters()) == 272_474
@@ -43,7 +45,7 @@ def test_building_leaves_the_global_random_state_alone() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_digits_are_learned(precision: str) -> None:
-    model = build(Network(depth=8, width=8), channels=1, classes=10, seed=0)
+    model = build(Network("resnet8", width=8), channels=1, classes=10, seed=0)
     recipe = Recipe(epochs=4, batch_size=64, precision=precision)
     assert train(model, load("digits"), recipe, seed=0).test > 0.7  # 0.93 and 0.91; by chance 0.1
 
@@ -87,8 +89,9 @@ def test_rewinding_weights_are_those_of_their_epoch(digits: Data) -> None:
 
 
 def test_a_training_that_was_cut_off_ends_bit_for_bit_as_if_it_had_not_been(
-    digits: Data, tmp_path: Path
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sparsetweaks.lottery.train.SAVING", math.inf)  # after each epoch
     recipe = replace(RECIPE, epochs=4)
     whole = train(prune(model_of(), 0.5), digits, recipe, seed=0)
 
@@ -114,6 +117,79 @@ def test_a_training_that_was_cut_off_ends_bit_for_bit_as_if_it_had_not_been(
     assert epochs == [3, 4]
     assert (resumed.test, resumed.validation, resumed.steps) == (whole.test, whole.validation, whole.steps)
     assert all(same(resumed.weights[name], whole.weights[name]) for name in ("last", "best", "rewind"))
+
+
+def test_saving_takes_no_more_than_its_share(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, saved = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def save(path: Path, kind: str, header: dict, groups: dict) -> None:
+        saved.append(header["epochs"])
+        now[0] += 0.05  # seconds
+
+    def tick(trained: object) -> None:
+        now[0] += 1.0
+
+    monkeypatch.setattr("sparsetweaks.lottery.train.save", save)
+    train(model_of(), digits, replace(RECIPE, epochs=13), seed=0, checkpoint=tmp_path / "a", on_epoch=tick)
+    assert saved == [1, 6, 11, 13]  # 0.05 s are a hundredth of 5 s; the end is always kept
+
+
+def test_averaging_reports_the_mean_of_the_last_weights_with_fresh_statistics(digits: Data) -> None:
+    recipe, seen = replace(RECIPE, epochs=4, average_from=0.5), []
+    model = prune(model_of(), 0.5)
+    trained = train(
+        model, digits, recipe, seed=0, on_epoch=lambda t: seen.append(copy.deepcopy(t.weights["last"]))
+    )
+    best = trained.weights["best"]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(best[name], (seen[2][name] + seen[3][name]) / 2)
+        assert torch.equal(parameter, best[name])
+    assert not any(best[name][~mask].any() for name, mask in find_masks(model).items())
+    pixels = digits.normalise(digits.train.images)
+    with torch.no_grad():
+        outputs = torch.cat([model.conv(part) for part in pixels.split(recipe.batch_size)])
+    torch.testing.assert_close(model.bn.running_mean, outputs.mean(dim=(0, 2, 3)), atol=1e-5, rtol=1e-4)
+    assert trained.test == accuracy(model, digits.test, digits)
+    assert "average" not in trained.weights
+    assert [schedule(epoch, recipe) for epoch in (1.9, 2, 3.9)] == [1.0, 0.5, 0.5]
+
+
+def test_averaging_survives_being_cut_off(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsetweaks.lottery.train.SAVING", math.inf)
+    recipe = replace(RECIPE, epochs=4, average_from=0.25)
+    whole = train(model_of(), digits, recipe, seed=0)
+
+    def cut_off(trained: object) -> None:
+        if trained.epochs == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model_of(), digits, recipe, seed=0, checkpoint=tmp_path / "a", on_epoch=cut_off)
+    resumed = train(model_of(), digits, recipe, seed=0, checkpoint=tmp_path / "a")
+    assert same(resumed.weights["best"], whole.weights["best"])
+    assert (resumed.test, resumed.validation) == (whole.test, whole.validation)
+
+
+def test_a_teacher_is_learned_from_and_not_changed(digits: Data) -> None:
+    teacher, loss = model_of(1).train(), lambda logits, labels: logits.sum() * 0
+    before = copy.deepcopy(teacher.state_dict())
+    model, start = model_of(0), copy.deepcopy(model_of(0).state_dict())
+    train(model, digits, RECIPE, seed=0, loss=loss, teacher=teacher)
+    assert same(teacher.state_dict(), before)
+    assert not torch.equal(model.fc.weight, start["fc.weight"])  # by the teacher alone
+    images = digits.normalise(digits.test.images)
+
+    def distance(student: torch.nn.Module) -> float:
+        with torch.no_grad():
+            return float((student.eval()(images).softmax(1) - teacher.eval()(images).softmax(1)).abs().mean())
+
+    fresh = model_of(0)
+    assert distance(model) < distance(fresh)
 
 
 def test_a_finished_training_is_read_back_without_a_step(digits: Data, tmp_path: Path) -> None:
@@ -144,8 +220,6 @@ def test_the_schedule_is_that_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: Network(depth=9), "6n \\+ 2"),
-        (lambda: Network(width=0), "width must be at least 1"),
         (lambda: Recipe(epochs=0), "at least 1 epoch"),
         (lambda: Recipe(learning_rate=0), "learning_rate must be positive"),
         (lambda: Recipe(precision="half"), "precision must be"),

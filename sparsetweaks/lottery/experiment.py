@@ -1,0 +1,150 @@
+"""A comparison: some variants of the same tickets, over levels and seeds, each run kept and none run twice."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sparsetweaks.lottery.config import LotteryError, Network, Recipe, Tweaks, variant
+from sparsetweaks.lottery.data import Data, load
+from sparsetweaks.lottery.draw import draw, draw_one_shot
+from sparsetweaks.lottery.grid import run_all
+from sparsetweaks.lottery.results import BASELINE, append_row, read_rows
+from sparsetweaks.lottery.spend import row, spend
+from sparsetweaks.lottery.store import Ticket
+from sparsetweaks.lottery.train import Trained
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `load` is called with."""
+
+    source: str = "digits"
+    size: int | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that determines the rows of a comparison."""
+
+    variants: tuple[str, ...]
+    source: Source
+    network: Network
+    recipe: Recipe
+    levels: int
+    fraction: float  # of the remaining weights, per level
+    seeds: tuple[int, ...]
+    drawing: str = "imp"  # or "omp": the same sparsities, each in one shot
+    dense: tuple[str, ...] = (BASELINE,)  # variants of the dense network
+    scales: dict[str, Any] | None = None  # options of `learn_layer_scales`, for all variants that use it
+
+    def __post_init__(self) -> None:
+        if self.drawing not in ("imp", "omp"):
+            raise LotteryError(f"drawing must be imp or omp, got {self.drawing!r}")
+        for name in (*self.variants, *self.dense):
+            variant(name)
+
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """Of the levels, but for rounding."""
+        return tuple(1 - (1 - self.fraction) ** level for level in range(1, self.levels + 1))
+
+    @property
+    def spendings(self) -> int:
+        """How many rows there are to be."""
+        return len(self.seeds) * (len(self.dense) + self.levels * len(self.variants))
+
+    def tweaks(self, name: str) -> Tweaks:
+        """A variant of this experiment."""
+        tweaks = variant(name)
+        return tweaks if tweaks.scales is None or self.scales is None else replace(tweaks, scales=self.scales)
+
+
+def compare(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    processes: int = 1,
+    on_run: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[Trained], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Draw the tickets and spend each in every way; what is in the folder already is read back.
+
+    Args:
+        experiment: what to compare.
+        folder: for `tickets/`, `runs/` and `results.csv`, to which the rows are added.
+        device: to train on.
+        processes: how many runs at a time.
+        on_run: called with the number of seeds drawn and runs done, and of all.
+        on_epoch: see `train`; for one process.
+
+    Returns:
+        The rows of this comparison.
+    """
+    total, done = len(experiment.seeds) + experiment.spendings, 0
+    watch = on_epoch if processes == 1 else None
+    spending: list[Callable[[], dict[str, Any]]] = []
+    drawing = [partial(_draw, experiment, folder, device, seed, watch) for seed in experiment.seeds]
+    for tickets in run_all(drawing, processes=processes):
+        cells = [(tickets[0], name) for name in experiment.dense]
+        cells += [(ticket, name) for ticket in tickets[1:] for name in experiment.variants]
+        spending += [
+            partial(_spend, experiment, folder, device, ticket, name, watch) for ticket, name in cells
+        ]
+        done += 1
+        if on_run is not None:
+            on_run(done, total)
+    csv, rows = folder / "results.csv", []
+    known = {(each["run"], each["variant"]) for each in read_rows(csv)}
+    for result in run_all(spending, processes=processes):
+        if (result["run"], result["variant"]) not in known:
+            append_row(csv, result)
+        rows.append(result)
+        done += 1
+        if on_run is not None:
+            on_run(done, total)
+    return rows
+
+
+@functools.lru_cache(maxsize=1)
+def _data(source: Source, folder: Path, device: str) -> Data:
+    """The data set, read once for all runs of a process."""
+    return load(source.source, size=source.size, limit=source.limit, cache=folder / "cache").to(device)
+
+
+def _draw(
+    experiment: Experiment, folder: Path, device: str, seed: int, on_epoch: Callable[[Trained], None] | None
+) -> list[Ticket]:
+    data, common = (
+        _data(experiment.source, folder, device),
+        {"seed": seed, "folder": folder, "on_epoch": on_epoch},
+    )
+    if experiment.drawing == "omp":
+        sparsities = experiment.sparsities
+        return draw_one_shot(data, experiment.network, experiment.recipe, sparsities=sparsities, **common)  # type: ignore[arg-type]
+    levels, fraction = experiment.levels, experiment.fraction
+    return draw(data, experiment.network, experiment.recipe, levels=levels, fraction=fraction, **common)  # type: ignore[arg-type]
+
+
+def _spend(
+    experiment: Experiment,
+    folder: Path,
+    device: str,
+    ticket: Ticket,
+    name: str,
+    on_epoch: Callable[[Trained], None] | None,
+) -> dict[str, Any]:
+    data, tweaks, recipe = (
+        _data(experiment.source, folder, device),
+        experiment.tweaks(name),
+        experiment.recipe,
+    )
+    runs, common = folder / "runs", {"name": name, "on_epoch": on_epoch}
+    trained = spend(ticket, tweaks, data, recipe, seed=ticket.seed, folder=runs, **common)  # type: ignore[arg-type]
+    return row(ticket, name, tweaks, data, recipe, trained, seed=ticket.seed)

@@ -1,0 +1,325 @@
+"""Scores of pruning before training: what a weight means to the loss (SNIP), to the gradient (GraSP), to the flow (SynFlow).
+
+Each is a tensor per weight, higher = more important, from the network as it is: masked where it is masked, on a copy,
+without dropout. Where public implementations part from the papers, or let a network's modes into the scores, the
+docstrings say what is done here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _NormBase
+
+from sparsetweaks.copying import copy_model
+from sparsetweaks.errors import SurgeryError
+from sparsetweaks.masks import masks_by_parameter
+from sparsetweaks.probing import (
+    LOW_PRECISION,
+    Loss,
+    Pair,
+    call,
+    check_iterable,
+    check_pair,
+    cross_entropy,
+    device_of,
+    is_pair,
+    map_tensors,
+    probe_copy,
+    rng_restored,
+    tensors,
+)
+
+GRASP_TEMPERATURE = 200.0  # of the logits: GraSP's own code; its paper keeps silent
+SYNFLOW_STEPS = 100  # Tanaka et al., algorithm 1 and section 6
+
+Scores = dict[str, Tensor]
+_Batches = Pair | Iterable[Pair]
+
+# In SynFlow's network every number is positive, and there each of these is to be the identity, as the ReLU is.
+_ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
+    nn.Softplus,
+)  # fmt: skip
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def snip_scores(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], batch: _Batches, loss: Loss | None = None
+) -> Scores:
+    """Connection sensitivity, |weight * gradient| (Lee et al. 2019, arXiv 1810.02340, equation 5).
+
+    The gradient is that of the mean loss over all batches, summed in float64 before the absolute value is taken, so
+    that several batches score as one of their joint size (but for BatchNorm, which sees each batch by itself).
+    BatchNorm normalises by the batch, as in the training that follows; public copies in evaluation mode score an
+    untrained network by statistics it does not have.
+
+    Args:
+        model: any module, masked or not. It is not changed.
+        weights: logical name to parameter, from `prunable_weights(model)`.
+        batch: one (inputs, targets) pair, or an iterable of them that ends.
+        loss: maps (what the model returned, targets) to a scalar, a mean over the samples; cross entropy if None.
+
+    Returns:
+        A float64 tensor per weight; 0 where it is pruned.
+
+    Raises:
+        SurgeryError: a batch that does not fit, or a loss that is not a finite scalar of the weights.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, -2.0]]))
+        >>> batch = torch.tensor([[3.0, 1.0]]), torch.tensor([[0.0]])
+        >>> snip_scores(layer, {"weight": layer.weight}, batch, lambda output, _: output.sum())
+        {'weight': tensor([[3., 2.]], dtype=torch.float64)}
+    """
+    probe = _Probe(model, weights, batch, loss)
+    gradients = probe.sum(lambda value: _differentiate(value, list(probe.weights.values())))
+    scored = zip(probe.weights.items(), gradients, strict=True)
+    return {name: (weight.detach() * gradient).abs() for (name, weight), gradient in scored}
+
+
+def grasp_scores(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batch: _Batches,
+    loss: Loss | None = None,
+    *,
+    temperature: float = GRASP_TEMPERATURE,
+) -> Scores:
+    """What a weight gives to the gradient's flow, weight * (Hessian @ gradient) (Wang et al. 2020, arXiv 2002.07376).
+
+    The paper scores the removal, S(-w) = -w * Hg (equation 8), and removes the weights whose S is highest, as its
+    algorithm 1 and its code do (its text says "bottom"): so what is kept has the highest w * Hg. The signs matter: no
+    absolute value is taken. Both g and H are of the mean loss over all batches, not the mean of each batch's own Hg,
+    and of the logits divided by `temperature`. The gradient's flow is that of every trainable parameter that is not
+    pruned, as in the paper's formula; its code leaves out biases and normalisations.
+
+    Args:
+        model, weights, batch, loss: as in `snip_scores`. What the model returns must be a tensor, the logits.
+        temperature: what the logits are divided by, positive.
+
+    Returns:
+        A float64 tensor per weight; 0 where it is pruned.
+
+    Raises:
+        SurgeryError: as `snip_scores`, and for a model that does not return a tensor.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, -2.0]]))
+        >>> batch = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0]])
+        >>> half_square = lambda output, target: (output - target).square().mean() / 2  # H = x x^T, g = x x^T w
+        >>> grasp_scores(layer, {"weight": layer.weight}, batch, half_square, temperature=1.0)
+        {'weight': tensor([[1., -0.]], dtype=torch.float64)}
+    """
+
+    def cooled(output: Any, targets: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise SurgeryError(
+                f"GraSP divides the logits by a temperature, but the model returns a {type(output).__name__}: "
+                "wrap it in a module that returns its logits"
+            )
+        return (loss or cross_entropy)(output / temperature, targets)
+
+    probe = _Probe(model, weights, batch, cooled)
+    flow = [parameter for parameter in probe.model.parameters() if parameter.requires_grad]
+    kept = [probe.masks.get(parameter) for parameter in flow]
+
+    def surviving(gradient: list[Tensor]) -> list[Tensor]:
+        return [part if mask is None else part * mask for part, mask in zip(gradient, kept, strict=True)]
+
+    total = surviving(probe.sum(lambda value: _differentiate(value, flow)))
+
+    def along_total(value: Tensor) -> list[Tensor]:
+        gradient = surviving(_differentiate(value, flow, graph=True))
+        product = sum((g.double() * t).sum() for g, t in zip(gradient, total, strict=True))
+        return _differentiate(torch.as_tensor(product), list(probe.weights.values()))
+
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        products = probe.sum(along_total)
+    scored = zip(probe.weights.items(), products, strict=True)
+    return {name: weight.detach() * product for (name, weight), product in scored}
+
+
+class SynFlow:
+    """Synaptic flow, |weight * dR/dweight| with R the sum of outputs of the all-positive network (Tanaka et al. 2020).
+
+    arXiv 2006.05467, equation 6 and algorithm 1. The network is made linear: parameters and floating buffers by their
+    absolute values, all in float64 (in float32 R overflows in a deep network, and small flows vanish), input one
+    sample of ones, activations the identity. A normalisation is its affine map alone: BatchNorm by the batch would
+    make R a constant, as every flow is divided out again, and a trained running mean would make flows negative.
+    Integer inputs, such as tokens, stay as the batch gives them.
+
+    The scores are of the masks given, so that pruning can go in steps (algorithm 1 takes 100, of equal ratio).
+
+    Args:
+        model: any module, masked or not. It is not changed.
+        weights: logical name to parameter, from `prunable_weights(model)`.
+        batch: one (inputs, targets) pair, or an iterable of them: of the first, the shape of one input is used.
+
+    Raises:
+        SurgeryError: a batch that does not fit.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, -2.0]]))
+        >>> flow = SynFlow(layer, {"weight": layer.weight}, (torch.zeros(1, 2), None))
+        >>> flow.scores({"weight": torch.ones(1, 2, dtype=torch.bool)})
+        {'weight': tensor([[1., 2.]], dtype=torch.float64)}
+    """
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter], batch: _Batches) -> None:
+        self.model = copy_model(model).eval()
+        self.weights = _counterparts(model, self.model, weights)
+        with torch.no_grad():
+            for tensor in {*self.model.parameters(), *self.model.buffers()}:
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.double().abs_()
+        for module in self.model.modules():
+            if isinstance(module, _ACTIVATIONS):
+                module.forward = _identity  # type: ignore[method-assign]
+            elif isinstance(module, _NORMS):
+                module.forward = _affine(module)  # type: ignore[method-assign]
+        first = next(iter(_checked(batch, device_of(model))))
+        self.inputs = map_tensors(_ones, first[0])
+
+    def scores(self, masks: Mapping[str, Tensor]) -> Scores:
+        """Score the weights as these masks leave them; masks of a later call may only be tighter.
+
+        Args:
+            masks: a bool mask per weight, True = kept.
+
+        Returns:
+            A float64 tensor per weight; 0 where it is pruned.
+
+        Raises:
+            SurgeryError: the flow is not finite, or no weight has any.
+        """
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.mul_(masks[name].to(weight.device))
+        with (
+            rng_restored(self.model),
+            torch.autocast(_device_type(self.model), enabled=False),
+            torch.enable_grad(),
+        ):
+            output = call(self.model, self.inputs)
+            flow = torch.as_tensor(sum(t.sum() for t in tensors(output) if t.is_floating_point()))
+            if not math.isfinite(flow.item()):
+                raise SurgeryError(
+                    f"the synaptic flow is {flow.item()}: is a weight not finite, or the network too deep?"
+                )
+            gradients = _differentiate(flow, list(self.weights.values()))
+        named = zip(self.weights.items(), gradients, strict=True)
+        return {name: (weight.detach() * gradient).abs() for (name, weight), gradient in named}
+
+
+class _Probe:
+    """A copy of the model, with its weights under the given names, and its batches to sum over."""
+
+    def __init__(
+        self, model: nn.Module, weights: Mapping[str, nn.Parameter], batch: _Batches, loss: Loss | None
+    ) -> None:
+        self.model, widened = probe_copy(model)
+        self.weights = _counterparts(model, self.model, weights)
+        self.loss = loss or cross_entropy
+        self.batches = list(_checked(batch, device_of(model)))
+        if widened:
+            to_float: Any = lambda t: t.float() if t.dtype in LOW_PRECISION else t
+            self.batches = [map_tensors(to_float, pair) for pair in self.batches]
+        self.masks = masks_by_parameter(self.model)
+
+    def sum(self, function: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        """The sum, in float64, of what a function makes of each batch's share of the mean loss."""
+        sizes = [_samples(pair) for pair in self.batches]
+        total: list[Tensor] = []
+        with rng_restored(self.model), torch.enable_grad():
+            for pair, size in zip(self.batches, sizes, strict=True):
+                parts = [part.double() for part in function(self._value(pair) * (size / sum(sizes)))]
+                total = [t + part for t, part in zip(total, parts, strict=True)] if total else parts
+        return total
+
+    def _value(self, pair: Pair) -> Tensor:
+        value = self.loss(call(self.model, pair[0]), pair[1])
+        if not (isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point()):
+            raise SurgeryError("loss must return a scalar tensor, the mean over the samples")
+        if not math.isfinite(value.item()):
+            raise SurgeryError(f"the loss is {value.item()}: are inputs and weights finite?")
+        return value
+
+
+def _counterparts(
+    model: nn.Module, copied: nn.Module, weights: Mapping[str, nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """The copy's own parameters for the given ones, all of which can be differentiated by."""
+    behind = dict(zip(model.parameters(), copied.parameters(), strict=True))
+    found = {name: behind[weight] for name, weight in weights.items()}
+    for weight in found.values():
+        weight.requires_grad_(True)
+    return found
+
+
+def _checked(batch: _Batches, device: torch.device | None) -> Iterator[Pair]:
+    check_iterable(batch)
+    count = 0
+    for pair in [batch] if is_pair(batch) else batch:
+        count += 1
+        yield check_pair(pair, device)
+    if not count:
+        raise SurgeryError("batch is empty: pass (inputs, targets), or an iterable of them")
+
+
+def _samples(pair: Pair) -> int:
+    """How many samples a pair holds: the first dimension of its targets, or of its inputs where those are none."""
+    sized = [tensor for part in reversed(pair) for tensor in tensors(part) if tensor.ndim > 0]
+    return len(sized[0]) if sized else 1
+
+
+def _differentiate(value: Tensor, by: list[nn.Parameter], *, graph: bool = False) -> list[Tensor]:
+    """The gradient of `value`; zero for what it does not depend on."""
+    if not value.requires_grad:
+        return [torch.zeros_like(parameter) for parameter in by]
+    return list(torch.autograd.grad(value, by, create_graph=graph, allow_unused=True, materialize_grads=True))
+
+
+def _ones(inputs: Tensor) -> Tensor:
+    """One sample: ones in float64, or the given one where it counts something, as tokens do."""
+    first = inputs[:1] if inputs.ndim else inputs
+    return torch.ones_like(first, dtype=torch.float64) if first.is_floating_point() else first
+
+
+def _identity(input: Tensor) -> Tensor:
+    return input
+
+
+def _affine(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What a normalisation does beyond the mean: scale by weight and running deviation, and add the bias."""
+    scale: Any = norm.weight
+    shift: Any = norm.bias
+    variance = getattr(norm, "running_var", None)
+    deviation = None if variance is None else (variance + norm.eps).sqrt()
+
+    def forward(input: Tensor) -> Tensor:
+        by_channel = (-1, *(1,) * (input.ndim - 2)) if not isinstance(norm, nn.LayerNorm) else None
+
+        def fit(values: Tensor) -> Tensor:
+            return values if by_channel is None else values.reshape(by_channel)
+
+        if deviation is not None:
+            input = input / fit(deviation)
+        if scale is not None:
+            input = input * fit(scale)
+        return input if shift is None else input + fit(shift)
+
+    return forward
+
+
+def _device_type(model: nn.Module) -> str:
+    device = device_of(model)
+    return "cpu" if device is None else device.type

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from sparsetweaks.lottery.config import LotteryError, Network, Recipe, variant
+from sparsetweaks.lottery.experiment import Experiment, Source, compare
+from sparsetweaks.lottery.report import report
+from sparsetweaks.lottery.reproduce import (
+    FIGURES,
+    PRESETS,
+    Claim,
+    comparison,
+    experiments,
+    overview,
+    reproduce,
+    verdict,
+)
+from sparsetweaks.lottery.results import read_rows
+from sparsetweaks.lottery.train import train as real_train
+
+RECIPE = Recipe(epochs=2, batch_size=64, precision="float32")
+NETWORK = Network("resnet8", width=4)
+DIGITS = Source("digits", limit=20)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digits preset, in no time."""
+    preset = replace(
+        PRESETS["digits"],
+        networks=(NETWORK, Network("plain8", width=4)),
+        recipe=RECIPE,
+        levels=1,
+        seeds=(0, 1),
+        sources=(DIGITS, Source("digits", limit=25)),
+        scales={"iterations": 1},
+    )
+    monkeypatch.setitem(PRESETS, "digits", preset)
+
+
+# ------------------------------------------------------------------------------------------------- comparisons
+
+
+def test_one_shot_and_iterative_reach_the_same_sparsities(tmp_path: Path) -> None:
+    both = {}
+    for drawing in ("imp", "omp"):
+        experiment = Experiment(("vanilla",), DIGITS, NETWORK, RECIPE, 2, 0.5, (0,), drawing=drawing)
+        both[drawing] = compare(experiment, tmp_path / drawing)
+    for rows in both.values():
+        assert [row["sparsity"] for row in rows] == pytest.approx([0, 0.5, 0.75], abs=2e-3)
+    assert [row["level"] for row in both["imp"]] == [0, 1, 2]
+    assert {row["drawn"] for row in both["omp"][1:]} == {"omp"}
+
+
+def test_stages_that_comparisons_share_are_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def watch(*given: object, title: str, **options: object) -> object:
+        trained.append(title)
+        return real_train(*given, title=title, **options)
+
+    monkeypatch.setattr("sparsetweaks.lottery.spend.train", watch)
+    one = Experiment(("vanilla", "swish"), DIGITS, NETWORK, RECIPE, 2, 0.5, (0,))
+    first = compare(one, tmp_path)
+    assert len(trained) == len(set(trained)) == one.spendings == 5
+    compare(replace(one, variants=("vanilla", "mish")), tmp_path)
+    assert [title.rpartition(" ")[2] for title in trained[5:]] == ["mish", "mish"]
+    assert compare(one, tmp_path) == first
+    assert len(read_rows(tmp_path / "results.csv")) == 7
+
+
+def test_what_an_experiment_says_is_checked() -> None:
+    with pytest.raises(LotteryError, match="drawing must be imp or omp"):
+        Experiment((), DIGITS, NETWORK, RECIPE, 1, 0.5, (0,), drawing="lot")
+    with pytest.raises(LotteryError, match="unknown variant 'magic'"):
+        Experiment(("magic",), DIGITS, NETWORK, RECIPE, 1, 0.5, (0,))
+
+
+# ----------------------------------------------------------------------------------------------------- figures
+
+
+def test_every_figure_that_training_makes_is_there() -> None:
+    assert list(FIGURES) == ["1a", "1b", "1c", "1d", "4a", "4b", "6", "7", "8", "9", "A13"]
+    for figure in FIGURES.values():
+        for claim in figure.claims:
+            assert {claim.variant, claim.over} <= set(figure.variants)
+        assert all(variant(name) is not None for name in figure.variants)
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_figures_say_what_they_need(figure: str) -> None:
+    assert experiments(figure, "digits")
+    with pytest.raises(LotteryError, match="the preset 'paper' needs --data"):
+        experiments(figure, "paper")
+    parts = experiments(figure, "paper", ["CIFAR-100", "CIFAR-10", "tiny"])
+    assert len(parts) == (4 if figure == "6" else 3 if figure == "7" else 1)
+    assert all(part.recipe == Recipe() and part.levels == 16 for part in parts)
+    assert parts[0].network == Network("resnet18")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("2", "digits"), "unknown figure '2'; choose from 1a, 1b"),
+        (("4a", "huge"), "unknown preset 'huge'; choose from digits, cifar10-small, paper"),
+        (("4a", "digits", ["folder"]), "brings its data: leave out --data"),
+    ],
+)
+def test_what_there_is_not_is_named(given: tuple, message: str) -> None:
+    with pytest.raises(LotteryError, match=message):
+        experiments(*given)
+
+
+@pytest.mark.parametrize("figure", ["1a", "7", "9"])
+def test_a_figure_leaves_picture_numbers_and_a_comparison(small: None, figure: str, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    told = reproduce(figure, "digits", tmp_path, on_run=lambda *call: calls.append(call))
+    assert (tmp_path / "figures" / f"{figure}-digits.png").read_bytes().startswith(b"\x89PNG")
+    assert calls[-1][0] == calls[-1][1] == len(calls)
+    lines = (tmp_path / "figures" / f"{figure}-digits.txt").read_text().splitlines()
+    settings = 2 if figure == "7" else 1
+    assert len(lines) == settings * len(FIGURES[figure].claims)
+    for line in lines:
+        assert re.search(
+            r"the paper says that .*\. Here, .* over .* at [\d.]+ % sparsity: [+-][\d.]+ ± [\d.]+ points",
+            line,
+        )
+        assert line in told
+    with (tmp_path / "figures" / f"{figure}-digits.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    over = {claim.over for claim in FIGURES[figure].claims}
+    assert {row["variant"] for row in rows} == set(FIGURES[figure].variants)
+    assert {row["over"] for row in rows} - {""} == over
+    dense = {row["variant"] for row in rows if float(row["sparsity"]) == 0}
+    assert dense == set(FIGURES[figure].dense)
+    shown = overview(tmp_path)
+    assert re.search(rf"^{figure} +digits +\d+ +\d+ +yes ", shown, flags=re.MULTILINE)
+    assert shown.count("  yes  ") == 1
+
+
+def test_gains_are_judged_by_their_interval() -> None:
+    gain, equal = Claim("AT", "vanilla", "gains"), Claim("AT", "vanilla", "is equal", gains=False)
+    assert verdict(gain, 2.0, 1.0) == "in agreement"
+    assert verdict(gain, -2.0, 1.0) == "the opposite, beyond noise"
+    assert verdict(gain, 2.0, 3.0).startswith("not settled")
+    assert verdict(gain, 2.0, None) == "one seed settles nothing"
+    assert verdict(equal, 2.0, 3.0).startswith("in agreement as far as that goes")
+    assert verdict(equal, 2.0, 1.0).startswith("a difference")
+
+
+def test_a_claim_is_judged_at_the_sparsity_it_is_made_for() -> None:
+    rows = []
+    for seed in (0, 1):
+        for sparsity, better in ((0.5, 0.05), (0.9, -0.05)):
+            for name, test in (("vanilla", 0.5), ("AT", 0.5), ("TRT", 0.5 + better), ("AT+TRT", 0.5)):
+                setting = {
+                    "data": "d",
+                    "architecture": "a",
+                    "width": 4,
+                    "epochs": 1,
+                    "image_size": 8,
+                    "train_images": 9,
+                }
+                rows.append({**setting, "sparsity": sparsity, "variant": name, "seed": seed, "test": test})
+    lines = comparison("4a", rows).splitlines()
+    assert "at 90 % sparsity: +0.0 ± 0.0" in lines[0]
+    assert "TRT over vanilla at 50 % sparsity: +5.0 ± 0.0 points over 2 seeds; in agreement" in lines[1]
+
+
+# ------------------------------------------------------------------------------------------------------ report
+
+
+class Page(HTMLParser):
+    """The text of a page, and what it would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text, self.fetched, self.open = "", [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_report_is_one_page_with_everything(small: None, tmp_path: Path) -> None:
+    reproduce("A13", "digits", tmp_path)
+    (tmp_path / "commands.jsonl").write_text('{"command": "<script>"}\n{"command": "cut o')
+    page = Page(report(tmp_path).read_text(encoding="utf-8"))
+    assert not page.open
+    assert len(page.fetched) == 2
+    assert all(value.startswith("data:image/png;base64,") for value in page.fetched)
+    for words in (
+        "one-shot magnitude pruning",
+        "AT+TRT",
+        "Figure A13-digits",
+        "the paper says that",
+        "effective flops",
+    ):
+        assert words in page.text
+    rows = read_rows(tmp_path / "results.csv")
+    for name in ("torch", "hardware", "recipe"):
+        assert rows[0][name] in page.text
+    assert '{"command": "<script>"}' in page.text  # as text, not as a script
+    assert len(re.findall(r"\d\d\.\d\d ± \d", page.text)) == 1 + 4
+
+
+def test_a_folder_without_results_has_no_report(tmp_path: Path) -> None:
+    with pytest.raises(LotteryError, match="holds no results: spend some tickets first"):
+        report(tmp_path)
