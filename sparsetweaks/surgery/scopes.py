@@ -90,6 +90,9 @@ class Scopes:
         found = self._names[key]
         if found & DYNAMIC:  # then what it looks up may be named by an attribute
             found |= {value for value in vars(module).values() if isinstance(value, str)}
+        for name, value in vars(module).items():
+            if name in found and name not in BASE_ATTRIBUTES and type(value) in (list, tuple, dict):
+                found |= _torch_names(value)
         return found
 
 
@@ -134,7 +137,7 @@ def _value_key(value: Any) -> Hashable:
     return id(value)
 
 
-def _functions_in(value: Any, depth: int = 1) -> Iterator[Any]:
+def _functions_in(value: Any, depth: int = 2) -> Iterator[Any]:
     """The functions that an attribute holds: itself, bound, partial, called by an object's class, in a container."""
     if isinstance(value, functools.partial):
         yield value.func
