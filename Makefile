@@ -6,7 +6,7 @@ READY  := $(VENV)/.installed
 # One thread in each of two test processes: two threads in each is many times slower on two cores.
 ONE    := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-all fuzz zoo lint results clean
+.PHONY: demo test test-all fuzz mutants machinery zoo lint results clean
 
 demo: $(READY)
 	$(BIN)/sparsetweaks demo
@@ -17,8 +17,16 @@ test: $(READY) lint
 test-all: $(READY) lint
 	$(ONE) $(BIN)/python -m pytest -q -n 2
 
+# 20,000 random networks through every surgery in every order, e.g. `make fuzz FUZZ="--models 500 --seed 7"`.
 fuzz: $(READY)
-	$(ONE) SPARSETWEAKS_FUZZ=20000 $(BIN)/python -m pytest -q -n 2 tests/properties
+	$(ONE) $(BIN)/python tests/properties/fuzz.py $(FUZZ)
+
+# Break our own code on purpose, rule by rule, and demand that a named test notices.
+mutants: $(READY)
+	$(ONE) $(BIN)/python tests/mutants.py
+
+machinery: $(READY)
+	$(ONE) $(BIN)/python -m pytest -q tests/machinery --machinery-table benchmarks/results/machinery.csv
 
 # The sweep over other people's models, e.g. `make zoo ZOO="--family timm --filter 'resnet*'"`; it resumes.
 zoo: $(READY)

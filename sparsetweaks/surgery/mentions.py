@@ -52,7 +52,7 @@ def mentions(cls: type, classes: frozenset[type], held: frozenset[Any]) -> colle
             with contextlib.suppress(ValueError):  # an empty cell
                 pending += [each for each in functions_in(cell.cell_contents) if _is_own(each)]
         for name in new:
-            names.update(_torch_names(scope.get(name)))
+            names.update(torch_names(scope.get(name)))
             found = [vars(base).get(name) for base in cls.__mro__]
             if name not in ("forward", "__call__"):
                 found += [vars(base).get(name) for each in classes for base in each.__mro__]
@@ -66,7 +66,7 @@ def mentions(cls: type, classes: frozenset[type], held: frozenset[Any]) -> colle
     return names
 
 
-def functions_in(value: Any, depth: int = 1) -> Iterator[Any]:
+def functions_in(value: Any, depth: int = 2) -> Iterator[Any]:
     """The functions that an attribute holds: itself, bound, partial, called by an object's class, in a container."""
     if isinstance(value, functools.partial):
         yield value.func
@@ -89,7 +89,7 @@ def _is_own(function: Any) -> bool:
     return isinstance(function, types.FunctionType) and origin not in ("torch", *sys.stdlib_module_names)
 
 
-def _torch_names(value: Any) -> set[str]:
+def torch_names(value: Any) -> set[str]:
     """What torch calls the functions that a global holds, which code may know by another name."""
     functions = () if value is None else functions_in(value)
     return {each.__name__ for each in functions if not _is_own(each) and hasattr(each, "__name__")}

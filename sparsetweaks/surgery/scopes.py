@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sparsetweaks.surgery.mentions import DYNAMIC, FUNCTIONS, INDEXES, LOOPS, SLICES, functions_in, mentions
+from sparsetweaks.surgery.mentions import (
+    DYNAMIC,
+    FUNCTIONS,
+    INDEXES,
+    LOOPS,
+    SLICES,
+    functions_in,
+    mentions,
+    torch_names,
+)
 from sparsetweaks.surgery.programs import PLAIN, Rewritten, Trace, Untraceable
 from sparsetweaks.surgery.tracing import BASE_ATTRIBUTES, trace_cases
 
@@ -94,6 +103,9 @@ class Scopes:
         if not DYNAMIC.isdisjoint(found):  # then what it looks up may be named by an attribute
             texts = (value for value in vars(module).values() if isinstance(value, str))
             found = found + collections.Counter(texts)
+        for name, value in vars(module).items():
+            if name in found and name not in BASE_ATTRIBUTES and type(value) in (list, tuple, dict):
+                found = found + collections.Counter(torch_names(value))
         return found
 
 

@@ -138,7 +138,7 @@ def write_table(pieces: list[dict[str, Any]], path: Path) -> None:
         ("run", "models", counts["models"]),
         ("run", "counterexamples", sum(len(piece["failures"]) for piece in pieces)),
         ("run", "CPU seconds", round(sum(piece["seconds"] for piece in pieces))),
-        ("run", "seeds", f"{min(p['seed'] for p in pieces)} to {max(p['seed'] for p in pieces)}"),
+        ("run", f"seeds, {PIECE} models each", " ".join(str(piece["seed"]) for piece in pieces)),
         ("run", "torch", torch.__version__),
         ("run", "python", platform.python_version()),
         ("pairs of layer and form", "possible", len(pairs)),

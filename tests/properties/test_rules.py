@@ -27,6 +27,30 @@ def test_the_ground_rules_hold_for_random_networks(number):
     assert piece["counts"]["models"] == MODELS
 
 
+FOUND = [
+    ("calls_own_call", "ReLU", "buffers", ("inject", "fixed")),  # its __call__ was done twice
+    ("replaced_forward", "GELU", "buffers", ("swap", "silu")),  # from here on: passed over in silence
+    ("hidden_in_dict", "GELU", "buffers", ("swap", "silu")),
+    ("made_in_forward", "GELU", "buffers", ("swap", "silu")),
+    ("by_name_in_a_branch", "GELU", "buffers", ("swap", "silu")),
+    ("function_table_in_a_branch", "GELU", "buffers", ("swap", "silu")),
+    ("global_table_in_a_branch", "GELU", "buffers", ("swap", "silu")),
+    ("registered_in_list", "torch.relu_", "buffers", ("swap", "silu")),
+    ("value_branch", "Tensor.relu", "buffers", ("swap", "silu")),
+    ("value_branch", "alias of F.relu", "buffers", ("swap", "silu")),
+    ("value_branch", "callable object", "buffers", ("swap", "silu")),
+    ("lora", "ReLU", "parametrization", ("scale", "random")),  # a mask was found under the wrapper's name too
+    ("inplace_residual", "x.relu_()", "torch_prune", ("swap", "relu to a function")),
+]
+
+
+@pytest.mark.parametrize(("form", "activation", "masked", "step"), FOUND)
+def test_what_fuzzing_found_stays_mended(form, activation, masked, step):
+    for root in ("tower", "sequential"):
+        spec = Spec(blocks=(BlockSpec(form=form, activation=activation),), root=root)
+        rules.check(rules.Case(spec, form=masked, mask_seed=1, steps=(step,)))
+
+
 def test_what_is_drawn_covers_every_hazard_order_form_and_variant():
     """Drawn without checking, so that thousands cost seconds."""
     drawn, models = random.Random(0), 4000
