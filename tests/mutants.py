@@ -28,6 +28,7 @@ SKIPS = "tests/surgery/test_skips.py::"
 ACTIVATIONS = "tests/surgery/test_activations.py::"
 SCALES = "tests/recipe/test_layer_scales.py::"
 MASKS = "tests/test_masks.py::"
+KEEPING = "tests/test_keeping.py::"
 PRUNING = "tests/test_pruning.py::"
 RULES = "tests/test_ground_rules.py::"
 
@@ -46,8 +47,8 @@ MUTANTS = (
     Mutant(
         "Pure",
         "copying.py",
-        "    return copy.deepcopy(model, memo)",
-        "    return model",
+        "    copied = _copied(model, memo)",
+        "    copied = model",
         COPYING + "test_the_copy_is_equal_and_shares_nothing",
     ),
     Mutant(
@@ -59,7 +60,7 @@ MUTANTS = (
     ),
     Mutant(
         "Pure",
-        "recipe/layer_scales.py",
+        "probing.py",
         "    copied = copy_model(model).eval()",
         "    copied = model.eval()",
         SCALES + "test_the_given_model_and_the_rng_are_untouched",
@@ -95,7 +96,7 @@ MUTANTS = (
     Mutant(
         "Local",
         "surgery/programs.py",
-        "    return type(original.__name__, (mixin, original), members)",
+        "    return type(original.__name__, bases, members)",
         "    return type(original.__name__, (mixin, nn.Module), members)",
         SCOPES + "test_class_methods_signature_and_docstring_survive",
     ),
@@ -124,7 +125,7 @@ MUTANTS = (
     Mutant(
         "Train and eval",
         "surgery/skips.py",
-        "    return skip.train(conv.training)",
+        "    return skip.train(layer.training)",
         "    return skip",
         RULES + "test_new_modules_are_in_the_mode_of_what_they_stand_beside",
     ),
@@ -201,14 +202,14 @@ MUTANTS = (
     ),
     Mutant(
         "masks kept",
-        "masks.py",
-        '            self.module.register_buffer(self.attribute + "_mask", stored)',
-        '            self.module.register_buffer(self.attribute + "_mask", stored, persistent=False)',
+        "forms.py",
+        '            self.module.register_buffer(self.attribute + "_mask", empty)',
+        '            self.module.register_buffer(self.attribute + "_mask", empty, persistent=False)',
         MASKS + "test_masks_survive_a_save_and_a_load",
     ),
     Mutant(
         "masks kept",
-        "masks.py",
+        "forms.py",
         "            self.parameter.masked_fill_(~mask.to(self.parameter.device), 0)",
         "            pass",
         MASKS + "test_what_is_applied_is_found_and_the_model_is_left_alone",
@@ -222,37 +223,37 @@ MUTANTS = (
     ),
     Mutant(
         "zeros held by keep_masks",
-        "masks.py",
+        "keeping.py",
         "            stack.callback(optimizer.register_step_post_hook(after_step).remove)",
         "            pass",
-        MASKS + "test_nan_and_infinity_leave_exact_zeros_in_every_precision",
+        KEEPING + "test_nan_and_infinity_leave_exact_zeros_in_every_precision",
     ),
     Mutant(
         "zeros held by keep_masks",
-        "masks.py",
-        "            stack.callback(_register_gradient_hook(parameter, hold.zeroed).remove)",
+        "keeping.py",
+        "            stack.callback(_register_gradient_hook(parameter, hold).remove)",
         "            pass",
-        MASKS + "test_clipping_sees_the_survivors_alone",
+        KEEPING + "test_clipping_sees_the_survivors_alone",
     ),
     Mutant(
         "zeros held by keep_masks",
-        "masks.py",
+        "keeping.py",
         "            if isinstance(value, Tensor) and value.shape == parameter.shape:\n                hold.zero_(value)",
         "            pass",
-        MASKS + "test_state_from_before_the_masks_is_zeroed_on_entry",
+        KEEPING + "test_state_from_before_the_masks_is_zeroed_on_entry",
     ),
     Mutant(
         "exact top-k under ties",
-        "pruning.py",
-        "    chosen = scores < threshold\n",
-        "    chosen = scores <= threshold\n",
-        PRUNING + "test_lowest_is_a_stable_sort",
+        "selection.py",
+        "        if 0 < drop < ties:",
+        "        if drop > ties:",
+        "tests/test_selection.py::test_it_is_a_stable_sort",
     ),
     Mutant(
         "exact top-k under ties",
-        "pruning.py",
-        "    chosen[ties[: count - int(chosen.sum())]] = True\n",
-        "",
+        "selection.py",
+        "            drops[places[: max(drop - found, 0)]] = True",
+        "            drops[places] = True",
         PRUNING + "test_the_count_is_exact_under_ties",
     ),
 )
