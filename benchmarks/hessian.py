@@ -79,7 +79,7 @@ def images_of(data: Data) -> Pair:
 
 
 def trained(data: Data, options: argparse.Namespace) -> nn.Module:
-    model = build(Network(depth=20, width=16), channels=3, classes=10, seed=0)
+    model = build(Network("resnet20", width=16), channels=3, classes=10, seed=0)
     kept = options.work / f"resnet20-{data.name}.pt"
     if kept.is_file():
         model.load_state_dict(torch.load(kept))

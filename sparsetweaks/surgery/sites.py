@@ -241,7 +241,8 @@ def activation_sites(model: nn.Module, kinds: Sequence[str], scopes: Scopes) -> 
 
 def _may_activate(module: nn.Module, spelled: Set[str], scopes: Scopes) -> bool:
     """Whether a forward has anything to do with activations: it mentions, calls or holds one."""
-    if scopes.names(module) & (spelled | DYNAMIC) or scopes.may_call(module, k.kind_of_module):
+    telling = spelled | DYNAMIC | {"super"}  # what torch's own forward above it does has no name in its code
+    if scopes.names(module) & telling or scopes.may_call(module, k.kind_of_module):
         return True
     held = (value for name, value in vars(module).items() if name not in BASE_ATTRIBUTES)
     return any(callable(value) or isinstance(value, (dict, list, tuple)) for value in held)

@@ -281,7 +281,7 @@ def test_frozen_parameters_and_attention():
 
 
 def test_what_tweaks_added_is_part_of_the_network():
-    model = apply_masks(resnet(), {"stage1.0.conv1.weight": torch.rand(4, 4, 3, 3) > 0.8})
+    model = apply_masks(resnet(), {"stages.0.0.conv1.weight": torch.rand(4, 4, 3, 3) > 0.8})
     tweaked = swap_activations(inject_skips(model), "mish")
     batch = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
     plain, both = (hessian_top_eigenvalues(each, batch, F.cross_entropy) for each in (model, tweaked))
@@ -291,7 +291,7 @@ def test_what_tweaks_added_is_part_of_the_network():
 
 
 def resnet() -> nn.Module:
-    return build(Network(depth=8, width=4), channels=1, classes=10, seed=0)
+    return build(Network("resnet8", width=4), channels=1, classes=10, seed=0)
 
 
 def test_the_model_and_the_random_state_are_untouched_also_on_raise():
