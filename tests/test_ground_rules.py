@@ -16,6 +16,11 @@ POSITIONAL = {
     "apply_masks": 2,
     "distillation_loss": 3,
     "find_layer_scales": 2,
+    "anneal_ghosts": 2,
+    "cost": 2,
+    "export": 2,
+    "match_budget": 2,
+    "verify": 2,
     "keep_masks": 2,  # and the rest: any number of optimizers
     "learn_layer_scales": 2,
     "prune": 2,
