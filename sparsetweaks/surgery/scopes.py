@@ -30,7 +30,7 @@ from sparsetweaks.surgery.programs import PLAIN, Rewritten, Trace, Untraceable
 from sparsetweaks.surgery.tracing import BASE_ATTRIBUTES, trace_cases
 
 _UNNAMED = DYNAMIC | {"_modules", "children", "get_submodule", "map", "modules", "named_children", "named_modules"} | {
-    "next", "pop", "reduce",
+    "next", "pop", "reduce", "super",
 }  # fmt: skip
 """Names by which code reaches any module below it without naming that."""
 

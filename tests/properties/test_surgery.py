@@ -282,6 +282,9 @@ def test_swapped_activations_compute_what_a_reference_computes(spec, training):
 @given(spec=specs(), training=st.booleans())
 def test_injected_skips_compute_what_a_reference_computes(spec, training):
     assume("form: two_names" not in hazards(spec))  # hooks cannot tell under which name it is called
+    assume(
+        "form: registered_in_list" not in hazards(spec)
+    )  # its norm does not follow the convolution it is named for
     expected = observe_skipped(spec, training, strength=0.5)
     found = observe(inject(build(spec)), example_batch(spec), training=training)
     assert differences(expected, found, tolerance=1e-4) == []
