@@ -16,10 +16,11 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 from torch.utils import _pytree as pytree
 
-from sparsetweaks import sparse_file
 from sparsetweaks.copying import check_model, copy_model
 from sparsetweaks.errors import SurgeryError
 from sparsetweaks.masks import apply_masks, find_masks
+from sparsetweaks.sparse_file import read as read_sparse
+from sparsetweaks.sparse_file import write as write_sparse
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -142,7 +143,7 @@ def export(
                 if format == "torch":
                     torch.save(state, file)
                 else:
-                    sparse_file.write(file, state, masks)
+                    write_sparse(file, state, masks)
             if format == "torch":
                 _check_loads(temporary, state)
 
@@ -261,7 +262,7 @@ def load_sparse(path: str | os.PathLike[str], *, into: nn.Module | None = None) 
         >>> list(state), torch.equal(again.weight_mask, ticket.weight_mask)
         (['weight', 'bias'], True)
     """
-    contents = sparse_file.read(path)
+    contents = read_sparse(path)
     if into is None:
         return contents.state
     loaded = remove_masks(into)
