@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from sparsetweaks.display.parts import Counts, Mark, Part, pair, read, walk
+from sparsetweaks.display.parts import Mark, Part, pair, read
 from sparsetweaks.masks import masks_by_parameter
 from sparsetweaks.prunable import select_weights
 from sparsetweaks.surgery.programs import original_class
-from sparsetweaks.surgery.sites import Change, Site, Sites, changes
+from sparsetweaks.surgery.sites import Change, Site, changes
 
 _SCALE_TOLERANCE = 1e-5
 """How far kept weights may be from a multiple of what they were, relative to the largest, and count as scaled."""
@@ -59,8 +60,9 @@ class Facts:
 
 def facts_of_one(model: nn.Module, flops: Mapping[str, tuple[int, int]] | None) -> Facts:
     """What there is to say about one model; `flops` as in `read`."""
-    part, done = read(model, flops), changes(model)
-    notes = [*_about_masks(model), *_about_flops(flops)]
+    masks = _masks(model)
+    part, done = read(model, masks, flops), changes(model)
+    notes = [*_about_masks(model, masks), *_about_flops(flops)]
     title = original_class(model).__name__
     return Facts(title, part, _totals(part, flops is not None), done, _left(done), tuple(notes), flops is not None)
 
@@ -71,8 +73,10 @@ def facts_of_two(
     flops: tuple[Mapping[str, tuple[int, int]], Mapping[str, tuple[int, int]]] | None,
 ) -> Facts:
     """What there is to say about two models side by side; `flops` of each, as in `read`."""
-    values, notes = _values(before, after)
-    part = pair(read(before, flops[0] if flops else None), read(after, flops[1] if flops else None), values)
+    masks = _masks(before), _masks(after)
+    values, notes = _values(before, after, masks)
+    counted = flops or (None, None)
+    part = pair(read(before, masks[0], counted[0]), read(after, masks[1], counted[1]), values)
     earlier, done = changes(before), changes(after)
     if done[: len(earlier)] == earlier:
         done = done[len(earlier) :]
@@ -80,7 +84,7 @@ def facts_of_two(
         notes.insert(0, "no module, mask or count differs")
     names = [original_class(model).__name__ for model in (before, after)]
     title = names[0] if names[0] == names[1] else " → ".join(names)
-    notes += [*_about_masks(after), *_about_flops(flops)]
+    notes += [*_about_masks(after, masks[1]), *_about_flops(flops)]
     return Facts(title, part, _totals(part, flops is not None), done, _left(done), tuple(notes), flops is not None)
 
 
@@ -107,12 +111,21 @@ def _left(done: Sequence[Change]) -> tuple[Left, ...]:
     return tuple(Left(tweak, reason, tuple(sites)) for (tweak, reason), sites in groups.items())
 
 
-def _about_masks(model: nn.Module) -> list[str]:
-    masked = masks_by_parameter(model)
+def _masks(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"{name!r} is not initialised yet: run one batch through the lazy model first")
+    masks = masks_by_parameter(model)
+    if any(mask.is_meta for mask in masks.values()):
+        raise ValueError("the masks are on the meta device and have no values: load the model first")
+    return masks
+
+
+def _about_masks(model: nn.Module, masked: Mapping[nn.Parameter, Tensor]) -> list[str]:
     zeros = 0
     for weight in select_weights(model):
-        if weight.parameter is not None and weight.parameter not in masked:
-            zeros += int((weight.parameter.detach() == 0).sum())
+        if weight.parameter is not None and weight.parameter not in masked and not weight.parameter.is_meta:
+            zeros += weight.parameter.numel() - int(weight.parameter.detach().count_nonzero())
     if zeros:
         return [
             f"{zeros:,} prunable weights are exactly zero without a mask, and count as kept: "
@@ -128,17 +141,18 @@ def _about_flops(flops: object) -> list[str]:
 # ------------------------------------------------------------------------------------------------ values that differ
 
 
-def _values(before: nn.Module, after: nn.Module) -> tuple[dict[str, list[Mark]], list[str]]:
+def _values(
+    before: nn.Module,
+    after: nn.Module,
+    masks: tuple[Mapping[nn.Parameter, Tensor], Mapping[nn.Parameter, Tensor]],
+) -> tuple[dict[str, list[Mark]], list[str]]:
     """Marks on the modules whose parameters were multiplied by a number, and how many differ otherwise."""
     old, new = _parameters_by_name(before), _parameters_by_name(after)
-    old_masks, new_masks = masks_by_parameter(before), masks_by_parameter(after)
     marks: dict[str, list[Mark]] = {}
     same = scaled = 0
     shared = [name for name in new if name in old and new[name].shape == old[name].shape]
     for name in shared:
-        a, b = old[name].detach(), new[name].detach().to(old[name].device)
-        kept = _kept(old[name], old_masks, a.device) & _kept(new[name], new_masks, a.device)
-        factor = _factor(a.masked_fill(~kept, 0), b.masked_fill(~kept, 0))
+        factor = _factor(old[name], new[name], masks)
         if factor == 1:
             same += 1
         elif factor is not None:
@@ -161,18 +175,26 @@ def _parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _kept(parameter: nn.Parameter, masks: Mapping[nn.Parameter, Tensor], device: torch.device) -> Tensor:
-    mask = masks.get(parameter)
-    return torch.ones((), dtype=torch.bool, device=device) if mask is None else mask.to(device)
-
-
-def _factor(before: Tensor, after: Tensor) -> float | None:
-    """The positive number that `before` was multiplied by, or None if no single one was."""
-    if torch.equal(before, after):
+def _factor(
+    before: nn.Parameter,
+    after: nn.Parameter,
+    masks: tuple[Mapping[nn.Parameter, Tensor], Mapping[nn.Parameter, Tensor]],
+) -> float | None:
+    """The positive number by which what both keep of `before` was multiplied, or None if there is no single one."""
+    if before.is_meta or after.is_meta:
         return 1.0
-    if before.numel() < 2 or not before.is_floating_point() or before.is_meta or after.is_meta:
+    a, b = before.detach(), after.detach().to(before.device)
+    if torch.equal(a, b):
+        return 1.0
+    for parameter, known in ((before, masks[0]), (after, masks[1])):
+        if parameter in known:
+            pruned = ~known[parameter].to(a.device)
+            a, b = a.masked_fill(pruned, 0), b.masked_fill(pruned, 0)
+    if torch.equal(a, b):
+        return 1.0
+    if a.numel() < 2 or not a.is_floating_point():
         return None
-    a, b = before.double().flatten(), after.double().flatten()
+    a, b = a.double().flatten(), b.double().flatten()
     size = a.dot(a)
     factor = float(a.dot(b) / size) if size else 0.0
     close = bool(((b - factor * a).abs() <= _SCALE_TOLERANCE * b.abs().max()).all())

@@ -15,6 +15,9 @@ _GUTTER = 18
 _LANE = 7
 """Pixels: how far children are set in, where the arcs are, and how much more for each further lane of arcs."""
 
+_NAMES, _TYPES, _MARKS = 150, 196, 214
+"""Pixels: the columns of words. Only that of names grows, so that the others stand below each other at any depth."""
+
 _BOX = 'viewBox="0 0 14 100" preserveAspectRatio="none" role="img"'
 _ARC = '<path d="M14 1C-2 1-2 99 14 99" vector-effect="non-scaling-stroke"/>'
 
@@ -93,11 +96,10 @@ def _has_arcs(part: Part) -> bool:
 
 def _columns(facts: Facts) -> tuple[str, int]:
     """The grid's columns, and the least width in pixels at which they are legible."""
-    numbers = [132] + ([112] * (2 if facts.has_flops else 1) if facts.of_two else [66] * (4 if facts.has_flops else 2))
-    marked = _has_marks(facts.part)
-    flexible = "minmax(150px,1.1fr) minmax(150px,1fr)" + (" minmax(150px,1.1fr)" if marked else "")
-    least = 36 + 150 * (3 if marked else 2) + sum(numbers) + 10 * (len(numbers) + 2)
-    return " ".join([flexible, *(f"{width}px" for width in numbers)]), least
+    numbers = [142, *([104] * (1 + facts.has_flops) if facts.of_two else [68] * (2 + 2 * facts.has_flops))]
+    words = [_TYPES, *([_MARKS] if _has_marks(facts.part) else [])]
+    columns = [f"minmax({_NAMES}px,1fr)", *(f"{width}px" for width in (*words, *numbers))]
+    return " ".join(columns), _NAMES + sum(words) + sum(numbers) + 10 * len(columns) + 40
 
 
 def _has_marks(part: Part) -> bool:
@@ -189,7 +191,7 @@ def _numbers(part: Part, facts: Facts) -> str:
             cells.append(_change(before, after, "flops_kept"))
     else:
         numbers = [counts.parameters, counts.kept, *([counts.flops, counts.flops_kept] if facts.has_flops else [])]
-        cells += [f'<span class="v" title="{exact(number)}">{short(number)}</span>' for number in numbers]
+        cells += [f'<span class="v" title="{exact(number)}">{short(number) if number else ""}</span>' for number in numbers]
     return "".join(cells)
 
 
@@ -210,4 +212,4 @@ def _change(before: Counts | None, after: Counts | None, name: str) -> str:
     change = signed_short(old, new)
     less = ' class="less"' if new < old else ""
     said = f"{exact(old)} before, {exact(new)} after"
-    return f'<span class="v" title="{said}">{short(new)}{f"<s{less}>{change}</s>" if change else ""}</span>'
+    return f'<span class="v" title="{said}">{short(new) if new or old else ""}{f"<s{less}>{change}</s>" if change else ""}</span>'

@@ -14,11 +14,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from sparsetweaks.copying import check_model
-from sparsetweaks.masks import masks_by_parameter
 from sparsetweaks.prunable import added_modules, select_weights
 from sparsetweaks.surgery.programs import Rewritten, original_class
 from sparsetweaks.surgery.sites import changes
@@ -138,21 +135,18 @@ class _Reading:
     parameters: set[nn.Parameter] = field(default_factory=set)
 
 
-def read(model: nn.Module, flops: Mapping[str, tuple[int, int]] | None = None) -> Part:
+def read(
+    model: nn.Module,
+    masks: Mapping[nn.Parameter, Tensor],
+    flops: Mapping[str, tuple[int, int]] | None = None,
+) -> Part:
     """Read a model as a tree of parts.
 
     Args:
         model: any module; it is only read.
+        masks: its masks by parameter.
         flops: a module's path to the FLOPs of its own forward: all of them, and those on weights that are kept.
-
-    Raises:
-        ValueError: a parameter has no shape or no values yet.
     """
-    check_model(model)
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise ValueError(f"{name!r} is not initialised yet: run one batch through the lazy model first")
-    masks = masks_by_parameter(model)
     prunable = {weight.parameter for weight in select_weights(model) if weight.parameter is not None}
     reading = _Reading(masks, prunable | set(masks), set(added_modules(model)), flops or {}, _call_marks(model))
     return _with_arcs(_read("", "", model, reading), _skip_spans(model))
