@@ -64,7 +64,9 @@ def facts_of_one(model: nn.Module, flops: Mapping[str, tuple[int, int]] | None) 
     part, done = read(model, masks, flops), changes(model)
     notes = [*_about_masks(model, masks), *_about_flops(flops)]
     title = original_class(model).__name__
-    return Facts(title, part, _totals(part, flops is not None), done, _left(done), tuple(notes), flops is not None)
+    return Facts(
+        title, part, _totals(part, flops is not None), done, _left(done), tuple(notes), flops is not None
+    )
 
 
 def facts_of_two(
@@ -85,7 +87,9 @@ def facts_of_two(
     names = [original_class(model).__name__ for model in (before, after)]
     title = names[0] if names[0] == names[1] else " → ".join(names)
     notes += [*_about_masks(after, masks[1]), *_about_flops(flops)]
-    return Facts(title, part, _totals(part, flops is not None), done, _left(done), tuple(notes), flops is not None)
+    return Facts(
+        title, part, _totals(part, flops is not None), done, _left(done), tuple(notes), flops is not None
+    )
 
 
 def _totals(part: Part, has_flops: bool) -> tuple[Total, ...]:
@@ -99,7 +103,9 @@ def _totals(part: Part, has_flops: bool) -> tuple[Total, ...]:
     sparsity = after.sparsity
     if sparsity is not None:
         label = f"sparsity of the {after.prunable:,} prunable weights"
-        totals.insert(len(rows) - 2 * has_flops, Total(label, before.sparsity if before else None, sparsity, share=True))
+        totals.insert(
+            len(rows) - 2 * has_flops, Total(label, before.sparsity if before else None, sparsity, share=True)
+        )
     return tuple(totals)
 
 

@@ -52,7 +52,11 @@ def _card(total: Total, of_two: bool) -> str:
     below = ""
     if of_two and total.before is not None:
         change = signed(total.before, total.after, total.share)
-        below = f"<s>was {show(total.before)}{', ' + change if change else ''}</s>" if change else "<s>as before</s>"
+        below = (
+            f"<s>was {show(total.before)}{', ' + change if change else ''}</s>"
+            if change
+            else "<s>as before</s>"
+        )
     return f'<div class="card"><i>{escape(total.label)}</i><b>{show(total.after)}</b>{below}</div>'
 
 
@@ -80,7 +84,9 @@ def _sites(count: int) -> str:
 
 def _legend(facts: Facts) -> str:
     tick = "; the tick is where it was before" if facts.of_two else ""
-    arcs = " An arc is a skip: from what enters its unit to where it is added." if _has_arcs(facts.part) else ""
+    arcs = (
+        " An arc is a skip: from what enters its unit to where it is added." if _has_arcs(facts.part) else ""
+    )
     return (
         '<div class="legend">Bars: the fraction of prunable weights that is removed'
         f"{tick}. Non-zeros: parameters that no mask removes.{arcs}</div>"
@@ -96,7 +102,7 @@ def _has_arcs(part: Part) -> bool:
 
 def _columns(facts: Facts) -> tuple[str, int]:
     """The grid's columns, and the least width in pixels at which they are legible."""
-    numbers = [142, *([104] * (1 + facts.has_flops) if facts.of_two else [68] * (2 + 2 * facts.has_flops))]
+    numbers = [142, *([126] * (1 + facts.has_flops) if facts.of_two else [68] * (2 + 2 * facts.has_flops))]
     words = [_TYPES, *([_MARKS] if _has_marks(facts.part) else [])]
     columns = [f"minmax({_NAMES}px,1fr)", *(f"{width}px" for width in (*words, *numbers))]
     return " ".join(columns), _NAMES + sum(words) + sum(numbers) + 10 * len(columns) + 40
@@ -111,7 +117,9 @@ def _heads(facts: Facts) -> str:
     numbers = ["sparsity", *([] if facts.of_two else ["parameters"]), "non-zeros"]
     if facts.has_flops:
         numbers += ["FLOPs kept"] if facts.of_two else ["FLOPs", "kept"]
-    cells = [f"<span>{head}</span>" for head in heads] + [f'<span class="v">{head}</span>' for head in numbers]
+    cells = [f"<span>{head}</span>" for head in heads] + [
+        f'<span class="v">{head}</span>' for head in numbers
+    ]
     return f'<div class="r h">{"".join(cells)}</div>'
 
 
@@ -119,7 +127,8 @@ def _tree(facts: Facts) -> Iterator[str]:
     part, marked = facts.part, _has_marks(facts.part)
     if part.marks or not part.children:
         yield _row(Row(part, False, 0, 1), facts, marked, "div", "(model)")
-    yield from _grid(part, fold(part, shown := {}), facts, marked, shown, inside=False)
+    shown: dict[object, str] = {}
+    yield from _grid(part, fold(part, shown), facts, marked, shown, inside=False)
 
 
 def _grid(
@@ -166,7 +175,10 @@ def _row(row: Row, facts: Facts, marked: bool, tag: str = "div", name: str = "")
     part = row.part
     cells = [f'<span class="n" title="{escape(part.path)}">{escape(name or part.name)}</span>', _type(row)]
     if marked:
-        marks = "".join(f'<b class="m {mark.kind}" title="{escape(str(mark))}">{escape(str(mark))}</b>' for mark in part.marks)
+        marks = "".join(
+            f'<b class="m {mark.kind}" title="{escape(str(mark))}">{escape(str(mark))}</b>'
+            for mark in part.marks
+        )
         cells.append(f"<span>{marks}</span>")
     gone = " gone" if facts.of_two and part.after is None else ""
     return f'<{tag} class="r{gone}">{"".join(cells)}{_numbers(part, facts)}</{tag}>'
@@ -190,8 +202,15 @@ def _numbers(part: Part, facts: Facts) -> str:
         if facts.has_flops:
             cells.append(_change(before, after, "flops_kept"))
     else:
-        numbers = [counts.parameters, counts.kept, *([counts.flops, counts.flops_kept] if facts.has_flops else [])]
-        cells += [f'<span class="v" title="{exact(number)}">{short(number) if number else ""}</span>' for number in numbers]
+        numbers = [
+            counts.parameters,
+            counts.kept,
+            *([counts.flops, counts.flops_kept] if facts.has_flops else []),
+        ]
+        cells += [
+            f'<span class="v" title="{exact(number)}">{short(number) if number else ""}</span>'
+            for number in numbers
+        ]
     return "".join(cells)
 
 
@@ -212,4 +231,5 @@ def _change(before: Counts | None, after: Counts | None, name: str) -> str:
     change = signed_short(old, new)
     less = ' class="less"' if new < old else ""
     said = f"{exact(old)} before, {exact(new)} after"
-    return f'<span class="v" title="{said}">{short(new) if new or old else ""}{f"<s{less}>{change}</s>" if change else ""}</span>'
+    number, beside = short(new) if new or old else "", f"<s{less}>{change}</s>" if change else ""
+    return f'<span class="v" title="{said}">{number}{beside}</span>'

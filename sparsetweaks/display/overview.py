@@ -33,7 +33,7 @@ class Overview:
 
 
 def summary(model: nn.Module, *, inputs: Any = None) -> Overview:
-    """Show a model: its modules, what is pruned where, its skips, what tweaks did to it and what they added.
+    r"""Show a model: its modules, what is pruned where, its skips, what tweaks did to it and what they added.
 
     Args:
         model: any module, masked in any form or not, tweaked or not. It is only read.
@@ -49,13 +49,18 @@ def summary(model: nn.Module, *, inputs: Any = None) -> Overview:
     Example:
         >>> import torch, sparsetweaks as st
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.BatchNorm2d(8))
-        >>> print(st.summary(st.inject_skips(st.prune(model, 0.5))))
+        >>> print(str(summary(st.inject_skips(st.prune(model, 0.5)))).rpartition("\n\n")[2])
+        module  what                                 sparsity  params  non-zeros
+        ------  -----------------------------  --------------  ------  ---------
+        ╭ 0     Conv2d 8→8 3×3, identity skip  ███     50.0 %     585        297
+        ╰ 1     BatchNorm2d 8                                      16         16
     """
+    check_model(model)
     return Overview(facts_of_one(model, _flops(model, inputs)))
 
 
 def diff(before: nn.Module, after: nn.Module, *, inputs: Any = None) -> Overview:
-    """Show what became of a model: what was swapped, skipped, rewritten, scaled, pruned, added, and what was left.
+    r"""Show what became of a model: what was swapped, skipped, rewritten, scaled, pruned, added, and what was left.
 
     Args:
         before: any module. It is only read.
@@ -71,7 +76,11 @@ def diff(before: nn.Module, after: nn.Module, *, inputs: Any = None) -> Overview
     Example:
         >>> import torch, sparsetweaks as st
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.ReLU())
-        >>> print(st.diff(model, st.swap_activations(st.inject_skips(model), "swish")))
+        >>> print(str(diff(model, st.swap_activations(model, "swish"))).rpartition("\n\n")[2])
+        module  what                  sparsity  non-zeros  change
+        ------  --------------  --------------  ---------  ------
+        0       Conv2d 8→8 3×3           0.0 %        584
+        1       ReLU → SiLU
     """
     check_model(before)
     check_model(after)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -148,7 +149,9 @@ def read(
         flops: a module's path to the FLOPs of its own forward: all of them, and those on weights that are kept.
     """
     prunable = {weight.parameter for weight in select_weights(model) if weight.parameter is not None}
-    reading = _Reading(masks, prunable | set(masks), set(added_modules(model)), flops or {}, _call_marks(model))
+    reading = _Reading(
+        masks, prunable | set(masks), set(added_modules(model)), flops or {}, _call_marks(model)
+    )
     return _with_arcs(_read("", "", model, reading), _skip_spans(model))
 
 
@@ -218,6 +221,8 @@ def _detail(module: nn.Module) -> str:
         return "×".join(map(str, module.normalized_shape))
     said = [piece for piece in module.extra_repr().split(", ") if not piece.endswith(_UNTOLD)]
     text = " ".join(", ".join(said).split())
+    for long, shorter in (("kernel_size=", ""), ("output_size=", "to "), ("=", " ")):
+        text = text.replace(long, shorter)
     return text if len(text) <= _LONGEST_DETAIL else text[: _LONGEST_DETAIL - 1] + "…"
 
 
@@ -240,7 +245,7 @@ def _call_marks(model: nn.Module) -> dict[str, list[Mark]]:
 
 
 def _skip_mark(skip: Skip, counts: Counts) -> Mark:
-    value = f", now {float(skip.strength.detach()):.3g}" if isinstance(skip.strength, Tensor) else ""
+    value = f", now {float(skip.strength.detach()):.3g}" if isinstance(skip.strength, nn.Parameter) else ""
     beside = f", {counts.parameters:,} parameters" if counts.parameters > 1 else ""
     return Mark("skip", f"skip: {_in_words(skip)}", value + beside)
 
@@ -251,7 +256,9 @@ def _in_words(skip: Skip) -> str:
 
 def _skip_spans(model: nn.Module) -> list[tuple[str, str, str]]:
     """Where each skip starts (its convolution's path), where it is added (the end of the unit), and what it is."""
-    skips = {path.rpartition(".")[0]: module for path, module in model.named_modules() if isinstance(module, Skip)}
+    skips = {
+        path.rpartition(".")[0]: module for path, module in model.named_modules() if isinstance(module, Skip)
+    }
     ends = dict.fromkeys(skips, "")
     for path, module in model.named_modules() if skips else ():
         inside = f"{path}." if path else ""
@@ -340,7 +347,11 @@ def pair(before: Part, after: Part, values: Mapping[str, Sequence[Mark]] | None 
         marks.insert(0, Mark("swap", f"{before.detail or 'default'} → {after.detail or 'default'}"))
     if before.program != after.program:
         marks.append(Mark("rewritten", "forward rewritten"))
-    gone = [mark for mark in before.marks if mark.kind == "skip" and not any(m.kind == "skip" for m in after.marks)]
+    gone = [
+        mark
+        for mark in before.marks
+        if mark.kind == "skip" and not any(m.kind == "skip" for m in after.marks)
+    ]
     marks += [Mark("removed", f"removed {mark.text}") for mark in gone]
     marks += (values or {}).get(after.path, ())
 
@@ -368,7 +379,9 @@ def _only(part: Part, what: str) -> Part:
     if what == "added":
         return replace(part, marks=(Mark("added", "added"), *(m for m in part.marks if m.kind != "added")))
     children = tuple(replace(_only(child, what), marks=()) for child in part.children)
-    return replace(part, before=part.after, after=None, marks=(Mark("removed", "removed"),), children=children)
+    return replace(
+        part, before=part.after, after=None, marks=(Mark("removed", "removed"),), children=children
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- folding
@@ -417,7 +430,9 @@ def fold(part: Part, shown: dict[object, str]) -> list[Row]:
             at += 1
             continue
         period, times = _repeats(alike, at)
-        if period > 1 or not child.children:  # layers, not blocks: start at the largest, and show one group first
+        if (
+            period > 1 or not child.children
+        ):  # layers, not blocks: start at the largest, and show one group first
             lead = _lead(part.children, alike, at, period, times)
             wanted = lead + period + (2 if period == 1 else 1)
             if times * period > wanted + 1:
@@ -464,20 +479,31 @@ def _lead(children: Sequence[Part], alike: Sequence[int], at: int, period: int, 
 
 def _merged(group: Sequence[Part], period: int, times: int) -> Part:
     """Alike parts as one, with the sums of their counts."""
-    total = [sum(each, Counts()) if None not in each else None for each in zip(*((p.before, p.after) for p in group))]
+    before, after = ([getattr(each, side) for each in group] for side in ("before", "after"))
     first, last = group[0], group[-1]
     kinds = ", ".join(each.kind for each in group[:period])
     said: dict[tuple[str, str], set[str]] = {}
     for mark in (mark for each in group for mark in each.marks if mark.kind != "shared"):
         said.setdefault((mark.kind, mark.text), set()).add(mark.value)
     return Part(
-        f"{first.name}–{last.name}",
+        f"{first.name}–{last.name[_common(first.name, last.name) :]}",
         first.path,
         kinds,
         first.detail if period == 1 else "",
-        *total,
+        None if None in before else sum(before, Counts()),
+        None if None in after else sum(after, Counts()),
         marks=tuple(
-            Mark(kind, text, values.pop() if len(values) == 1 else "") for (kind, text), values in said.items()
+            Mark(kind, text, values.pop() if len(values) == 1 else "")
+            for (kind, text), values in said.items()
         ),
         times=times,
     )
+
+
+def _common(first: str, last: str) -> int:
+    """How many characters two names start with in common, the digits of a number left together."""
+    pairs = zip(first, last)
+    count = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    while count and first[count - 1].isdigit():
+        count -= 1
+    return count

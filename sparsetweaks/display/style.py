@@ -6,16 +6,25 @@ ROOT = "sparsetweaks-overview"
 
 _LIGHT = {
     "ink": "#1c2430", "soft": "#5c6776", "faint": "#8b95a3", "paper": "#ffffff", "line": "#e3e7ec", "shade": "#f5f7f9",
-    "track": "#e3e7ec", "fill": "#6f8fae", "skip": "#0a66b5", "skip-bg": "#e4f0fb", "swap": "#8a3ffc", "swap-bg": "#f1e8ff",
-    "gain": "#0b7a5b", "gain-bg": "#dff5ec", "loss": "#b3411c", "loss-bg": "#fdeae3", "note": "#5c6776", "note-bg": "#edf0f3",
+    "track": "#e3e7ec", "fill": "#6f8fae",
+    "skip": "#0a66b5", "skip-bg": "#e4f0fb", "swap": "#8a3ffc", "swap-bg": "#f1e8ff",
+    "gain": "#0b7a5b", "gain-bg": "#dff5ec",
+    "loss": "#b3411c", "loss-bg": "#fdeae3", "note": "#5c6776", "note-bg": "#edf0f3",
 }  # fmt: skip
 _DARK = {
     "ink": "#e4e8ee", "soft": "#a3adba", "faint": "#7c8795", "paper": "#14181e", "line": "#2b323c", "shade": "#1b2129",
-    "track": "#2b323c", "fill": "#7fa3c7", "skip": "#6cb6ff", "skip-bg": "#12304d", "swap": "#c4a1ff", "swap-bg": "#32224f",
-    "gain": "#5fd3ab", "gain-bg": "#123a2e", "loss": "#ff9d76", "loss-bg": "#45210f", "note": "#a3adba", "note-bg": "#272e37",
+    "track": "#2b323c", "fill": "#7fa3c7",
+    "skip": "#6cb6ff", "skip-bg": "#12304d", "swap": "#c4a1ff", "swap-bg": "#32224f",
+    "gain": "#5fd3ab", "gain-bg": "#123a2e",
+    "loss": "#ff9d76", "loss-bg": "#45210f", "note": "#a3adba", "note-bg": "#272e37",
 }  # fmt: skip
 
-_ASKED_LIGHT = ('[data-jp-theme-light="true"]', ".vscode-light", '[data-theme="light"]', '[data-bs-theme="light"]')
+_ASKED_LIGHT = (
+    '[data-jp-theme-light="true"]',
+    ".vscode-light",
+    '[data-theme="light"]',
+    '[data-bs-theme="light"]',
+)
 _ASKED_DARK = (
     '[data-jp-theme-light="false"]', ".vscode-dark", ".vscode-high-contrast", '[data-theme="dark"]',
     '[data-bs-theme="dark"]', 'html[theme="dark"]',
@@ -50,7 +59,8 @@ _RULES = """
 & .card {background:var(--shade);border-radius:6px;padding:7px 12px 8px;min-width:128px}
 & .card i {display:block;font-style:normal;font-size:11px;color:var(--soft);white-space:nowrap}
 & .card b {font-size:16px;font-weight:600;font-variant-numeric:tabular-nums;white-space:nowrap}
-& .card s {text-decoration:none;font-size:11.5px;color:var(--soft);font-variant-numeric:tabular-nums;display:block;white-space:nowrap}
+& .card s {text-decoration:none;font-size:11.5px;color:var(--soft);font-variant-numeric:tabular-nums;
+  display:block;white-space:nowrap}
 & .words {margin:0 0 12px;color:var(--soft);font-size:12.5px}
 & .words>div,& .words summary {padding:1px 0}
 & .words b {color:var(--ink);font-weight:600}
@@ -75,7 +85,8 @@ _RULES = """
 & .k>* {grid-column:2;min-width:0}
 & .k>.a {grid-column:1;position:relative;margin:3px 1px 4px 3px}
 & .a svg {position:absolute;inset:0;width:100%;height:100%;overflow:visible;fill:none;stroke:var(--skip);stroke-width:1.6}
-& .a::after {content:"";position:absolute;right:-4px;bottom:-3.5px;border:3.5px solid transparent;border-left:5px solid var(--skip);border-right:0}
+& .a::after {content:"";position:absolute;right:-4px;bottom:-3.5px;border:3.5px solid transparent;
+  border-left:5px solid var(--skip);border-right:0}
 & .m {display:inline-block;border-radius:9px;padding:0 7px;margin-right:4px;font-size:11px;line-height:17px;font-weight:500;
   color:var(--note);background:var(--note-bg);max-width:100%;overflow:hidden;text-overflow:ellipsis;vertical-align:middle}
 & .skip {color:var(--skip);background:var(--skip-bg)} & .swap,& .rewritten {color:var(--swap);background:var(--swap-bg)}

@@ -22,7 +22,8 @@ _SITES = 4
 
 def draw(facts: Facts) -> str:
     """The overview as text."""
-    blocks = [[facts.title, "=" * len(facts.title)], _totals(facts.totals, facts.of_two)]
+    title = facts.title + (": before and after" if facts.of_two else "")
+    blocks = [[title, "=" * len(title)], _totals(facts.totals, facts.of_two)]
     words = [f"{change.tweak}: {_sites(len(change.rewritten))} rewritten" for change in facts.done]
     words += [line for left in facts.left for line in _wrapped(_about(left))]
     words += [line for note in facts.notes for line in _wrapped(note)]
@@ -48,7 +49,9 @@ def _totals(totals: Sequence[Total], of_two: bool) -> list[str]:
 
 
 def _join(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths))]
+    first, *others = [
+        cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths))
+    ]
     return "   ".join([first, *others])
 
 
@@ -160,17 +163,20 @@ def _heads(facts: Facts) -> list[str]:
 
 def _numbers(facts: Facts, part: Part) -> list[str]:
     counts, before = part.counts, part.before
-    sparsity = "" if counts.sparsity is None else f"{bar(counts.sparsity)} {percent(counts.sparsity, 1):>7}"
+    sparsity = "" if counts.sparsity is None else f"{percent(counts.sparsity, 1):>7}"
+    if sparsity and not facts.has_flops:  # with FLOPs there is no room for bars
+        sparsity = f"{bar(counts.sparsity or 0)} {sparsity}"
     if not counts.parameters and not counts.flops:
         return [""] * len(_heads(facts))
     if not facts.of_two:
-        flops = [short(counts.flops), short(counts.flops_kept)] if facts.has_flops else []
+        flops = [short(count) if count else "" for count in (counts.flops, counts.flops_kept)]
+        flops = flops if facts.has_flops else []
         return [sparsity, short(counts.parameters), short(counts.kept), *flops]
     kept = [getattr(each, "kept", None) for each in (before, part.after)]
     cells = [sparsity, short(kept[1] or 0), signed_short(*kept)]
     if facts.has_flops:
         flops_kept = [getattr(each, "flops_kept", None) for each in (before, part.after)]
-        cells += [short(flops_kept[1] or 0), signed_short(*flops_kept)]
+        cells += [short(flops_kept[1]) if flops_kept[1] else "", signed_short(*flops_kept)]
     return cells
 
 
