@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
+from sparsetweaks import sparse_file
 from sparsetweaks.copying import copy_model
 from sparsetweaks.errors import SurgeryError
 from sparsetweaks.export import arguments, plain_state
 from sparsetweaks.masks import find_masks, masks_by_parameter
-from sparsetweaks.sparse_file import size as sparse_size
 
 _aten = torch.ops.aten
 
@@ -177,9 +178,6 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, masks: dict[nn.Parameter, Tensor], inputs: Any) -> None:
         super().__init__()
-        from torch.utils.flop_counter import flop_registry  # takes longer to import than all of this package
-
-        self._registry: dict[Any, Any] = flop_registry
         self.flops: dict[str, list[int]] = {}
         self.peak = 0
         self.running: Callable[[], str] = lambda: _RUNNING
@@ -197,13 +195,13 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         packet = getattr(func, "_overloadpacket", func)
-        if packet not in self._registry and func is not torch.ops.prim.device.default:
+        if packet not in flop_registry and func is not torch.ops.prim.device.default:
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        if packet in self._registry:
+        if packet in flop_registry:
             self._count(packet, args, kwargs, result)
         elif packet in _KEEPS_ZEROS:
             self._pass_on(args, result)
@@ -213,7 +211,7 @@ class _Watch(TorchDispatchMode):
         return result
 
     def _count(self, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        flops = self._registry[packet](*args, **kwargs, out_val=result)
+        flops = flop_registry[packet](*args, **kwargs, out_val=result)
         effective = flops
         for operand in args:
             kept = self._kept(operand) if isinstance(operand, Tensor) else None
@@ -333,7 +331,7 @@ def _disk_bytes(model: nn.Module) -> tuple[int | None, int | None]:
         return None, None
     state, sink = plain_state(model), _Sink()
     torch.save(state, sink)
-    return sink.count, sparse_size(state, find_masks(model))
+    return sink.count, sparse_file.size(state, find_masks(model))
 
 
 class _Sink(io.BytesIO):

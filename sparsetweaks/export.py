@@ -16,11 +16,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 from torch.utils import _pytree as pytree
 
+from sparsetweaks import sparse_file
 from sparsetweaks.copying import check_model, copy_model
 from sparsetweaks.errors import SurgeryError
 from sparsetweaks.masks import apply_masks, find_masks
-from sparsetweaks.sparse_file import read as read_sparse
-from sparsetweaks.sparse_file import write as write_sparse
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -143,7 +142,7 @@ def export(
                 if format == "torch":
                     torch.save(state, file)
                 else:
-                    write_sparse(file, state, masks)
+                    sparse_file.write(file, state, masks)
             if format == "torch":
                 _check_loads(temporary, state)
 
@@ -262,7 +261,7 @@ def load_sparse(path: str | os.PathLike[str], *, into: nn.Module | None = None) 
         >>> list(state), torch.equal(again.weight_mask, ticket.weight_mask)
         (['weight', 'bias'], True)
     """
-    contents = read_sparse(path)
+    contents = sparse_file.read(path)
     if into is None:
         return contents.state
     loaded = remove_masks(into)

@@ -24,7 +24,6 @@ FLOORS = (
     ["lottery"],
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-OPTIONAL = {"export": {"onnx", "onnxruntime", "onnxscript"}}  # imported by the function that needs them
 IMPORT_MILLISECONDS = 150  # more than `import torch` takes
 
 
@@ -61,11 +60,7 @@ def test_arrows_point_down_and_the_core_needs_torch_alone(path):
                 f"{here} imports {there}"
             )
         elif here not in ("lottery", "testing"):
-            assert name.split(".")[0] in {
-                "torch",
-                *OPTIONAL.get(here, ()),
-                *sys.stdlib_module_names,
-            }, f"{here} imports {name}"
+            assert name.split(".")[0] in {"torch", *sys.stdlib_module_names}, f"{here} imports {name}"
 
 
 def test_only_the_surgery_touches_fx():
