@@ -1,9 +1,7 @@
 """Spend sparse networks better after drawing them: tweaks for any model and any mask."""
 
 from sparsetweaks.copying import copy_model
-from sparsetweaks.cost import cost
 from sparsetweaks.errors import NoEffectWarning, SurgeryError
-from sparsetweaks.export import export, load_sparse, remove_masks
 from sparsetweaks.masks import apply_masks, find_masks, keep_masks, rewind, sparsity
 from sparsetweaks.prunable import prunable_weights
 from sparsetweaks.pruning import prune
@@ -21,9 +19,7 @@ __all__ = [
     "apply_masks",
     "changes",
     "copy_model",
-    "cost",
     "distillation_loss",
-    "export",
     "find_activations",
     "find_layer_scales",
     "find_masks",
@@ -31,10 +27,8 @@ __all__ = [
     "inject_skips",
     "keep_masks",
     "learn_layer_scales",
-    "load_sparse",
     "prunable_weights",
     "prune",
-    "remove_masks",
     "rewind",
     "scale_layers",
     "smooth_labels",

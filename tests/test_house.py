@@ -13,13 +13,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparsetweaks"
 FLOORS = (
-    ["errors", "copying", "sparse_file", "surgery.kinds", "surgery.programs"],
+    ["errors", "copying", "surgery.kinds", "surgery.programs"],
     ["surgery.tracing", "surgery.dataflow"],
     ["surgery.scopes", "surgery.units"],
     ["prunable", "surgery.sites", "testing"],
     ["masks", "surgery.activations", "surgery.skips"],
-    ["pruning", "recipe.labels", "export"],
-    ["recipe.layer_scales", "cost", "budgets"],
+    ["pruning", "recipe.labels"],
+    ["recipe.layer_scales"],
     ["tweaks"],
     ["lottery"],
 )
