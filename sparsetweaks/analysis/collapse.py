@@ -306,7 +306,7 @@ def _derivatives(
     total = torch.stack(paths).sum() if paths else None
     if total is None or not total.requires_grad:
         return [None] * len(weights), reached
-    found = list(torch.autograd.grad(total, weights, allow_unused=True))
+    found: list[Tensor | None] = list(torch.autograd.grad(total, weights, allow_unused=True))
     if not all(each is None or bool(each.isfinite().all()) for each in found):
         raise ValueError(
             "there are more paths than double precision can count: look at a part of the network"
@@ -382,6 +382,15 @@ def _mean_pool(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return replaced
 
 
+def _adaptive_mean_pool(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def replaced(input: Tensor, output_size: Any, return_indices: bool = False) -> Tensor:
+        if return_indices:
+            raise ValueError("cannot follow paths through a max pooling with indices")
+        return pool(input, output_size)
+
+    return replaced
+
+
 def _mean_of(input: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
     return input.mean() if dim is None else input.mean(dim, keepdim)
 
@@ -447,9 +456,9 @@ _REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "max_pool1d": _mean_pool(F.avg_pool1d),
     "max_pool2d": _mean_pool(F.avg_pool2d),
     "max_pool3d": _mean_pool(F.avg_pool3d),
-    "adaptive_max_pool1d": F.adaptive_avg_pool1d,
-    "adaptive_max_pool2d": F.adaptive_avg_pool2d,
-    "adaptive_max_pool3d": F.adaptive_avg_pool3d,
+    "adaptive_max_pool1d": _adaptive_mean_pool(F.adaptive_avg_pool1d),
+    "adaptive_max_pool2d": _adaptive_mean_pool(F.adaptive_avg_pool2d),
+    "adaptive_max_pool3d": _adaptive_mean_pool(F.adaptive_avg_pool3d),
     "amax": _mean_of,
     "amin": _mean_of,
     "logsumexp": _mean_of,

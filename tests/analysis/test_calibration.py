@@ -57,6 +57,11 @@ def test_one_who_is_right_as_often_as_it_says():
     assert "expected error 0.00 %" in str(found) and len(found.table()) == BINS
 
 
+def test_a_bin_holds_its_upper_bound():
+    found = calibration(nn.Identity(), (torch.zeros(1, 2), torch.tensor([0])), bins=2)  # a confidence of 1/2
+    assert [each.examples for each in found.bins] == [1, 0]
+
+
 def test_certainty_falls_into_the_last_bin():
     found = calibration(nn.Identity(), (torch.tensor([[800.0, 0.0]]), torch.tensor([0])))
     assert found.bins[-1].examples == 1 and found.error == 0

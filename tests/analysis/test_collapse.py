@@ -96,11 +96,38 @@ def test_taps_that_meet_only_padding_are_on_no_path():
     assert on_path(layer_collapse(nn.Conv2d(1, 1, 3, padding=1), torch.zeros(1, 1, 2, 2))) == {"weight": 9}
 
 
-def test_the_largest_of_several_is_every_one_of_them():
-    assert on_path(layer_collapse(Residual(), torch.zeros(1, 2, 8, 8))) == {
-        "conv.weight": 36,
-        "head.weight": 4,
-    }
+class Pooled(nn.Module):
+    """The largest of what a layer puts out, in one of several spellings."""
+
+    def __init__(self, largest):
+        super().__init__()
+        self.layer, self.largest = nn.Linear(3, 4), largest
+
+    def forward(self, x):
+        return self.largest(self.layer(x))
+
+
+LARGEST = {
+    "max_pool": lambda y: F.max_pool1d(y, 4),
+    "adaptive": lambda y: F.adaptive_max_pool1d(y, 1),
+    "amax": lambda y: y.amax(-1),
+    "max of a dimension": lambda y: y.max(-1).values,
+    "max of two": lambda y: torch.max(y[..., :2], y[..., 2:]),
+    "maximum": lambda y: torch.maximum(y[..., :2], y[..., 2:]),
+    "max of all": lambda y: y.max(),
+    "max_pool 2d": lambda y: F.max_pool2d(y.view(1, 1, 2, 2), 2, stride=2),
+}
+
+
+@pytest.mark.parametrize("spelling", LARGEST)
+def test_the_largest_of_several_is_every_one_of_them(spelling):
+    report = layer_collapse(Pooled(LARGEST[spelling]), torch.zeros(1, 1, 3))
+    assert on_path(report) == {"layer.weight": 12}
+
+
+def test_pooling_with_dilation_is_refused():
+    with pytest.raises(ValueError, match="max pooling with dilation"):
+        layer_collapse(Pooled(lambda y: F.max_pool1d(y, 2, dilation=2)), torch.zeros(1, 1, 3))
 
 
 class TwoInputs(nn.Module):
@@ -117,6 +144,32 @@ def test_each_input_has_its_own_verdict():
     report = layer_collapse(model, {"left": torch.zeros(1, 2), "right": torch.zeros(1, 3)})
     assert report.inputs == {"left": True, "right": False}
     assert on_path(report) == {"left.weight": 4, "right.weight": 0, "head.weight": 2}
+
+
+DIFFERENCES = {
+    "-": lambda a, b: a - b,
+    "sub": lambda a, b: torch.sub(a, b),
+    "in place": lambda a, b: a.sub_(b),
+    "as a statement": lambda a, b: (a.sub_(b), a)[1],
+    "negative": lambda a, b: a + (-b),
+    "add with a factor": lambda a, b: torch.add(a, b, alpha=-1),
+    "product with -1": lambda a, b: a + -1 * b,
+}
+
+
+@pytest.mark.parametrize("spelling", DIFFERENCES)
+def test_paths_do_not_cancel(spelling):
+    class Difference(TwoInputs):
+        def forward(self, x):
+            return self.head(DIFFERENCES[spelling](self.left(x), self.right(x)))
+
+    model = Difference()
+    model.right = nn.Linear(2, 2)
+    assert on_path(layer_collapse(model, torch.zeros(1, 2))) == {
+        "left.weight": 4,
+        "right.weight": 4,
+        "head.weight": 2,
+    }
 
 
 class Gated(nn.Module):
