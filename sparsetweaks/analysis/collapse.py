@@ -40,12 +40,15 @@ class LayerPaths:
         weights: how many there are.
         kept: how many of them no mask removes.
         on_path: how many of the kept lie on a path from an input to an output.
+        counted: whether the overall sparsity is of these weights too, as that of `sparsity(model)` is: prunable ones,
+            and whatever has a mask; so not the classifier's.
     """
 
     name: str
     weights: int
     kept: int
     on_path: int
+    counted: bool = True
 
     @property
     def collapsed(self) -> str:
@@ -79,13 +82,17 @@ class LayerPathsReport:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of these weights that masks remove."""
-        return 1 - sum(layer.kept for layer in self.layers) / sum(layer.weights for layer in self.layers)
+        """The fraction of the counted weights that masks remove, as `sparsity(model).overall`."""
+        return self._missing("kept")
 
     @property
     def effective_sparsity(self) -> float:
-        """The fraction that is on no path, removed or not (Vysogorets and Kempe 2023)."""
-        return 1 - sum(layer.on_path for layer in self.layers) / sum(layer.weights for layer in self.layers)
+        """The fraction of the counted weights that is on no path, removed or not (Vysogorets and Kempe 2023)."""
+        return self._missing("on_path")
+
+    def _missing(self, what: str) -> float:
+        layers = [layer for layer in self.layers if layer.counted] or self.layers
+        return 1 - sum(getattr(layer, what) for layer in layers) / sum(layer.weights for layer in layers)
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each layer: `layer`, `weights`, `kept`, `on_path`, `sparsity`, `effective_sparsity`, `collapsed`."""
@@ -190,7 +197,7 @@ def effective_sparsity(model: nn.Module, inputs: Any) -> LayerPathsReport:
         >>> ticket = st.apply_masks(model, {"0.weight": torch.tensor([[True, True], [False, False]])})
         >>> found = effective_sparsity(ticket, torch.ones(1, 2))
         >>> round(found.sparsity, 3), found.effective_sparsity
-        (0.333, 0.5)
+        (0.5, 0.5)
     """
     return _follow(model, inputs)
 
@@ -198,7 +205,8 @@ def effective_sparsity(model: nn.Module, inputs: Any) -> LayerPathsReport:
 def _follow(model: nn.Module, inputs: Any) -> LayerPathsReport:
     network = working_copy(model, dtype=torch.float64)
     masks = masks_by_parameter(network)
-    weights = _weights(network, masks)
+    weights = _weights(network)
+    counted = {weight.parameter for weight in select_weights(network)} | set(masks)
     if not weights:
         raise ValueError("the model has no weight of a convolution or linear layer to follow paths through")
     _count_paths_with(network)
@@ -216,11 +224,11 @@ def _follow(model: nn.Module, inputs: Any) -> LayerPathsReport:
         if mask is not None:
             on_path &= mask
         kept = weight.numel() if mask is None else int(mask.sum())
-        layers.append(LayerPaths(name, weight.numel(), kept, int(on_path.sum())))
+        layers.append(LayerPaths(name, weight.numel(), kept, int(on_path.sum()), weight in counted))
     return LayerPathsReport(tuple(layers), reached)
 
 
-def _weights(network: nn.Module, masks: Mapping[nn.Parameter, Tensor]) -> dict[str, nn.Parameter]:
+def _weights(network: nn.Module) -> dict[str, nn.Parameter]:
     """What is counted, by name: the weights of convolutions and linear layers, and whatever else has a mask."""
     layers = {w.parameter: w.name for w in select_weights(network, include=lambda name, module: True)}
     names = {place.parameter: place.name for place in masked_places(network)} | layers

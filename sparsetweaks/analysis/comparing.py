@@ -31,7 +31,7 @@ _UNITS = {
     "zeros": "activations, exact zeros, %",
     "near_zeros": "activations, near zeros, %",
     "loss": "mean loss",
-    "effective_gradient_flow": "effective gradient flow, L2 norm",
+    "effective_gradient_flow": "effective gradient flow",
     "accuracy": "accuracy, %",
     "calibration_error": "calibration error, %",
     "largest_eigenvalue": "largest Hessian eigenvalue",

@@ -259,6 +259,13 @@ def test_a_torchvision_network_is_whole_when_it_is_dense():
         assert report.connected and report.effective_sparsity < 0.05, build  # taps on padding alone
 
 
+def test_the_overall_sparsity_is_that_of_the_prunable_weights():
+    model = st.prune(Residual(), 0.5)
+    report = effective_sparsity(model, torch.ones(1, 2, 4, 4))
+    assert [layer.counted for layer in report.layers] == [True, False]
+    assert report.sparsity == st.sparsity(model).overall == 0.5
+
+
 def test_the_model_is_only_read_and_the_result_can_be_looked_at():
     model = st.prune(Residual(), 0.5).train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
