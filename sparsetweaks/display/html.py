@@ -15,7 +15,7 @@ _GUTTER = 18
 _LANE = 7
 """Pixels: how far children are set in, where the arcs are, and how much more for each further lane of arcs."""
 
-_NAMES, _TYPES, _MARKS = 150, 196, 214
+_NAMES, _TYPES, _MARKS = 66, 184, 184
 """Pixels: the columns of words. Only that of names grows, so that the others stand below each other at any depth."""
 
 _BOX = 'viewBox="0 0 14 100" preserveAspectRatio="none" role="img"'
@@ -102,10 +102,15 @@ def _has_arcs(part: Part) -> bool:
 
 def _columns(facts: Facts) -> tuple[str, int]:
     """The grid's columns, and the least width in pixels at which they are legible."""
-    numbers = [142, *([126] * (1 + facts.has_flops) if facts.of_two else [68] * (2 + 2 * facts.has_flops))]
+    numbers = [142, *([118] * (1 + facts.has_flops) if facts.of_two else [68] * (2 + 2 * facts.has_flops))]
     words = [_TYPES, *([_MARKS] if _has_marks(facts.part) else [])]
-    columns = [f"minmax({_NAMES}px,1fr)", *(f"{width}px" for width in (*words, *numbers))]
-    return " ".join(columns), _NAMES + sum(words) + sum(numbers) + 10 * len(columns) + 40
+    columns = ["minmax(0,1fr)", *(f"{width}px" for width in (*words, *numbers))]
+    names = _NAMES + _GUTTER * _depth(facts.part)
+    return " ".join(columns), names + sum(words) + sum(numbers) + 10 * len(columns) + 26
+
+
+def _depth(part: Part) -> int:
+    return 1 + max(map(_depth, part.children), default=0)
 
 
 def _has_marks(part: Part) -> bool:

@@ -81,7 +81,7 @@ _RULES = """
 & summary:focus-visible {outline:2px solid var(--skip);outline-offset:-2px}
 & .r .t {font-weight:400} & .t i {font-style:normal;color:var(--soft);margin-left:5px}
 & .t u {text-decoration:none;color:var(--faint);margin-left:5px}
-& .k {display:grid;grid-template-columns:var(--gutter,18px) minmax(0,1fr)}
+& .k {--gutter:18px;display:grid;grid-template-columns:var(--gutter) minmax(0,1fr)}
 & .k>* {grid-column:2;min-width:0}
 & .k>.a {grid-column:1;position:relative;margin:3px 1px 4px 3px}
 & .a svg {position:absolute;inset:0;width:100%;height:100%;overflow:visible;fill:none;stroke:var(--skip);stroke-width:1.6}

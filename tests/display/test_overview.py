@@ -331,6 +331,13 @@ def test_styles_stay_inside():
     assert "prefers-color-scheme:dark" in sheet() and 'data-jp-theme-light="false"' in sheet()
 
 
+def test_the_gutter_of_a_part_is_its_own():
+    """Variables are inherited: without a value of their own, the children of a part without arcs had no gutter."""
+    assert f".{ROOT} .k{{--gutter:18px" in sheet().replace(" {", "{")
+    page = summary(nn.Sequential(st.inject_skips(plain(1))))._repr_html_()
+    assert page.count('style="--gutter:0px"') == 1  # at the root only, where there is no arc
+
+
 def test_names_are_escaped():
     class Odd(nn.Linear):
         def extra_repr(self):
