@@ -1,0 +1,212 @@
+"""Several networks side by side: what the analyses say of each, in one table and one figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sparsetweaks.analysis.activations import THRESHOLD, ActivationSparsity, activation_sparsity
+from sparsetweaks.analysis.calibration import Calibration, calibration
+from sparsetweaks.analysis.collapse import LayerPathsReport, layer_collapse
+from sparsetweaks.analysis.evaluation import Batches, Data, Loss, table_text, undisturbed
+from sparsetweaks.analysis.figures import COLORS, new_figure
+from sparsetweaks.analysis.flatness import Flatness, flatness
+from sparsetweaks.analysis.gradient_flow import GradientFlow, gradient_flow
+from sparsetweaks.copying import check_model
+from sparsetweaks.counting import sparsity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ANALYSES = ("paths", "activations", "gradient", "calibration")
+"""What is looked at by default; "flatness", the dearest, when it is asked for."""
+
+_UNITS = {
+    "sparsity": "weights removed, %",
+    "effective_sparsity": "weights on no path, %",
+    "zeros": "activations, exact zeros, %",
+    "near_zeros": "activations, near zeros, %",
+    "loss": "mean loss",
+    "effective_gradient_flow": "effective gradient flow",
+    "accuracy": "accuracy, %",
+    "calibration_error": "calibration error, %",
+    "largest_eigenvalue": "largest Hessian eigenvalue",
+    "trace": "trace of the Hessian",
+}
+_SHARES = ("sparsity", "effective_sparsity", "zeros", "near_zeros", "accuracy", "calibration_error")
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """What the analyses found of one network; None where one was not asked for."""
+
+    nonzeros: int
+    sparsity: float
+    paths: LayerPathsReport | None = None
+    activations: ActivationSparsity | None = None
+    gradient: GradientFlow | None = None
+    calibration: Calibration | None = None
+    flatness: Flatness | None = None
+
+    def row(self) -> dict[str, Any]:
+        """The numbers in short."""
+        row: dict[str, Any] = {"non-zeros": self.nonzeros, "sparsity": self.sparsity}
+        if self.paths is not None:
+            row |= {
+                "effective_sparsity": self.paths.effective_sparsity,
+                "collapsed": len(self.paths.collapsed),
+            }
+        if self.activations is not None:
+            row |= {
+                "zeros": self.activations.zeros,
+                "near_zeros": self.activations.near_zeros,
+                "dead": self.activations.dead,
+            }
+        if self.gradient is not None:
+            row |= {"loss": self.gradient.loss, "effective_gradient_flow": self.gradient.effective}
+        if self.calibration is not None:
+            row |= {"accuracy": self.calibration.accuracy, "calibration_error": self.calibration.error}
+        if self.flatness is not None:
+            row |= {"largest_eigenvalue": self.flatness.top.values[0], "trace": self.flatness.trace.value}
+        return row
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What `compare` found; `print` it, `plot()` it, or take its `table()`.
+
+    Attributes:
+        networks: by name what was found, each analysis whole.
+    """
+
+    networks: Mapping[str, Looked]
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each network; fractions in [0, 1]."""
+        return [{"network": name, **looked.row()} for name, looked in self.networks.items()]
+
+    def __str__(self) -> str:
+        names = list(self.networks)
+        rows = [looked.row() for looked in self.networks.values()]
+        return table_text(
+            [{"": key, **{name: _cell(row[key]) for name, row in zip(names, rows)}} for key in rows[0]]
+        )
+
+    def plot(self) -> Figure:
+        """A panel for each number, a bar in it for each network."""
+        table = self.table()
+        shown = [key for key in table[0] if key in _UNITS]
+        columns = min(3, len(shown))
+        rows = -(-len(shown) // columns)
+        figure, axes = new_figure(columns=columns, rows=rows, size=(3.4 * columns, 2.6 * rows + 0.3))
+        panels = list(axes.flat) if len(shown) > 1 else [axes]
+        for panel, key in zip(panels, shown):
+            values = [row[key] * (100 if key in _SHARES else 1) for row in table]
+            colors = [COLORS[i % len(COLORS)] for i in range(len(table))]
+            panel.bar(range(len(table)), values, color=colors)
+            panel.set_xticks(
+                range(len(table)), [str(row["network"]) for row in table], rotation=20, ha="right"
+            )
+            panel.set_ylabel(_UNITS[key])
+        for panel in panels[len(shown) :]:
+            panel.set_visible(False)
+        return figure
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    data: Data,
+    loss: Loss,
+    *,
+    analyses: tuple[str, ...] = ANALYSES,
+    threshold: float = THRESHOLD,
+    batch_norm: str = "eval",
+    chunk_size: int | None = None,
+) -> Comparison:
+    """Look at two or more networks in the same way, on the same data (paper, sections 3 and 4).
+
+    Compare networks of equal numbers of non-zeros: that number stands first.
+
+    Args:
+        models: by a name of yours, such as `{"vanilla": ticket, "tweaked": tweaked}`. None is changed.
+        data: one pair (inputs, targets), or an iterable of them.
+        loss: maps (outputs, targets) to the mean loss of a batch, a scalar.
+        analyses: which: `"paths"` (`layer_collapse`), `"activations"` (`activation_sparsity`), `"gradient"`
+            (`gradient_flow`), `"calibration"`, and `"flatness"`, which takes as long as all others many times over and
+            is left out by default.
+        threshold: of `activation_sparsity`.
+        batch_norm: `"eval"` for the running statistics or `"train"` for the batch's.
+        chunk_size: how many examples of a batch to run at once; None for all.
+
+    Returns:
+        The results of each network, whole and as rows of one table.
+
+    Raises:
+        ValueError: no model, or an unknown analysis; and whatever the analyses raise, with the network's name before it.
+
+    Example:
+        >>> import torch, sparsetweaks as st
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> batch = torch.randn(16, 4), torch.randint(2, (16,))
+        >>> networks = {"relu": model, "swish": st.swap_activations(model, "swish")}
+        >>> found = compare(networks, batch, nn.functional.cross_entropy)
+        >>> [row["zeros"] > 0.1 for row in found.table()]
+        [True, False]
+    """
+    if not isinstance(models, Mapping) or not models:
+        raise ValueError(
+            'models must be a mapping of names to models, such as {"before": model, "after": tweaked}'
+        )
+    known = (*ANALYSES, "flatness")
+    wanted = (analyses,) if isinstance(analyses, str) else tuple(analyses)
+    if unknown := [each for each in wanted if each not in known]:
+        raise ValueError(f"unknown analyses {unknown}: choose from {list(known)}")
+    options: dict[str, Any] = {"batch_norm": batch_norm, "chunk_size": chunk_size}
+    networks = {}
+    for name, model in models.items():
+        check_model(model)
+        try:
+            networks[name] = _look(model, data, loss, wanted, threshold, options)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from error
+    return Comparison(networks)
+
+
+def _look(
+    model: nn.Module,
+    data: Data,
+    loss: Loss,
+    wanted: tuple[str, ...],
+    threshold: float,
+    options: dict[str, Any],
+) -> Looked:
+    report = sparsity(model)
+    found: dict[str, Any] = {}
+    if "paths" in wanted:
+        found["paths"] = layer_collapse(model, _one_example(model, data))
+    if "activations" in wanted:
+        found["activations"] = activation_sparsity(model, data, threshold=threshold, **options)
+    if "gradient" in wanted:
+        found["gradient"] = gradient_flow(model, data, loss, **options)
+    if "calibration" in wanted:
+        found["calibration"] = calibration(model, data, **options)
+    if "flatness" in wanted:
+        found["flatness"] = flatness(model, data, loss, **options)
+    return Looked(report.parameters_kept + report.added_kept, report.overall, **found)
+
+
+def _one_example(model: nn.Module, data: Data) -> Any:
+    """The inputs of the first example."""
+    with undisturbed(model):
+        chunk = next(iter(Batches(data, model)))
+    return pytree.tree_map_only(
+        Tensor, lambda t: t[:1] if t.ndim and len(t) == chunk.examples else t, chunk.inputs
+    )

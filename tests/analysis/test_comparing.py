@@ -1,0 +1,68 @@
+"""The comparison: each number is the one that its analysis gives alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sparsetweaks as st
+from sparsetweaks.analysis.activations import activation_sparsity
+from sparsetweaks.analysis.calibration import calibration
+from sparsetweaks.analysis.collapse import effective_sparsity
+from sparsetweaks.analysis.comparing import compare
+from sparsetweaks.analysis.flatness import flatness
+from sparsetweaks.analysis.gradient_flow import gradient_flow
+
+GENERATOR = torch.Generator().manual_seed(0)
+DATA = torch.randn(12, 2, 6, 6, generator=GENERATOR), torch.randint(3, (12,), generator=GENERATOR)
+
+
+def ticket():
+    layers = (
+        nn.Conv2d(2, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, padding=1),
+        nn.ReLU(),
+    )
+    return st.prune(nn.Sequential(*layers, nn.Flatten(), nn.Linear(216, 3)), 0.8)
+
+
+def test_the_table_is_that_of_the_analyses_alone():
+    before = ticket()
+    networks = {"vanilla": before, "swish & skips": st.swap_activations(st.inject_skips(before), "swish")}
+    found = compare(networks, DATA, F.cross_entropy)
+    for row, model in zip(found.table(), networks.values(), strict=True):
+        assert row["effective_sparsity"] == effective_sparsity(model, DATA[0]).effective_sparsity
+        assert row["near_zeros"] == activation_sparsity(model, DATA).near_zeros
+        assert row["effective_gradient_flow"] == gradient_flow(model, DATA, F.cross_entropy).effective
+        assert row["calibration_error"] == calibration(model, DATA).error
+        assert row["sparsity"] == st.sparsity(model).overall
+    assert found.table()[1]["non-zeros"] == found.table()[0]["non-zeros"] + 2
+    text = str(found)
+    assert "vanilla" in text and "swish & skips" in text and max(map(len, text.splitlines())) <= 100
+    figure = found.plot()
+    assert all(axes.get_ylabel() for axes in figure.axes if axes.get_visible())
+
+
+def test_flatness_by_option_and_only_what_was_asked_for():
+    model = ticket()
+    found = compare({"one": model}, DATA, F.cross_entropy, analyses=("flatness",))
+    assert found.table()[0]["largest_eigenvalue"] == pytest.approx(
+        flatness(model, DATA, F.cross_entropy).top.values[0], rel=1e-6
+    )
+    assert found.networks["one"].activations is None
+    assert len([axes for axes in found.plot().axes if axes.get_visible()]) == 3  # sparsity, eigenvalue, trace
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="mapping of names to models"):
+        compare([ticket()], DATA, F.cross_entropy)
+    with pytest.raises(ValueError, match="unknown analyses"):
+        compare({"a": ticket()}, DATA, F.cross_entropy, analyses=("hessian",))
+    with pytest.raises(ValueError, match="'b': the model fails on"):
+        compare({"a": ticket(), "b": nn.Sequential(nn.Linear(9, 3), nn.ReLU())}, DATA, F.cross_entropy)
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module"):
+        compare({"a": 3}, DATA, F.cross_entropy)
