@@ -35,6 +35,7 @@ __all__ = [
     "convert_masks",
     "copy_model",
     "cost",
+    "diff",
     "distillation_loss",
     "export",
     "find_activations",
@@ -56,6 +57,7 @@ __all__ = [
     "scale_layers",
     "smooth_labels",
     "sparsity",
+    "summary",
     "swap_activations",
     "tweak",
     "verify",
@@ -63,12 +65,15 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sparsetweaks import analysis as analysis
+    from sparsetweaks.display import diff, summary
 else:
 
     def __getattr__(name):
-        """`sparsetweaks.analysis`, imported when it is first used: half as long again as all the rest."""
-        if name == "analysis":
-            from importlib import import_module
+        """`analysis`, `diff` and `summary`, imported when first used: half as long again as all the rest."""
+        from importlib import import_module
 
+        if name == "analysis":
             return import_module("sparsetweaks.analysis")
+        if name in ("diff", "summary"):
+            return getattr(import_module("sparsetweaks.display"), name)
         raise AttributeError(f"module 'sparsetweaks' has no attribute {name!r}")

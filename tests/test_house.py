@@ -35,10 +35,16 @@ FLOORS = (
     ["verifying"],
     ["tweaks"],
     ["analysis.evaluation", "analysis.figures", "analysis.subspace"],
+    ["analysis.activations", "analysis.calibration", "analysis.collapse"],
     ["analysis.curvature", "analysis.lanczos"],
-    ["analysis.hessian"],
+    ["analysis.gradient_flow", "analysis.hessian"],
     ["analysis.landscape"],
     ["analysis.flatness"],
+    ["analysis.comparing"],
+    ["display.amounts", "display.style", "display.parts"],
+    ["display.facts"],
+    ["display.text", "display.html"],
+    ["display.overview"],
     ["lottery"],
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -108,6 +114,21 @@ def test_importing_is_quick_and_brings_in_nothing_but_torch():
     assert min(float(run.splitlines()[0]) for run in runs) < IMPORT_MILLISECONDS
     brought = set(runs[0].splitlines()[1].split())
     assert brought <= {"sparsetweaks", "torch", *sys.stdlib_module_names}
+
+
+def test_pictures_are_there_when_they_are_used_and_not_before():
+    code = (
+        "import sys, sparsetweaks as st; assert 'sparsetweaks.display' not in sys.modules; st.diff, st.summary; "
+        "assert not {'matplotlib', 'IPython', 'sparsetweaks.analysis', 'sparsetweaks.lottery'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_core_draws_nothing():
+    for path in modules():
+        room = room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+        if not room.startswith(("display", "lottery")):
+            assert not [name for name in imports_of(path) if name.startswith("sparsetweaks.display")], room
 
 
 def test_the_analysis_is_there_when_it_is_used_and_not_before():
