@@ -18,6 +18,7 @@ POSITIONAL = {
     "find_layer_scales": 2,
     "anneal_ghosts": 2,
     "cost": 2,
+    "diff": 2,
     "export": 2,
     "match_budget": 2,
     "verify": 2,
