@@ -28,6 +28,7 @@ DYNAMIC = frozenset(["__dict__", "vars", "getattr", "hasattr", "attrgetter", "__
 """Names by which code may read attributes that it does not name."""
 
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)
+_PAIRING = ("enumerate", "items", "named_children", "zip")
 _INDEXING = ("BINARY_SUBSCR", "UNPACK_SEQUENCE", "UNPACK_EX", "CALL_FUNCTION_EX")
 
 
@@ -103,12 +104,14 @@ def _names_in(code: types.CodeType) -> collections.Counter[str]:
 def _each_name_in(code: types.CodeType) -> Iterator[str]:
     yield from code.co_names
     yield from code.co_freevars
-    before = ""
+    before, pairs_up = "", False
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("BUILD_SLICE", "BINARY_SLICE"):
             yield SLICES
-        elif instruction.opname == "UNPACK_SEQUENCE" and before == "FOR_ITER":
-            pass  # `for name, layer in items` is one step down
+        elif instruction.opname.startswith("LOAD") and instruction.argval in _PAIRING:
+            pairs_up = True
+        elif instruction.opname == "UNPACK_SEQUENCE" and before == "FOR_ITER" and pairs_up:
+            pairs_up = False  # `for name, layer in layers.items()` is one step down, not two
         elif instruction.opname in _INDEXING or instruction.argrepr == "[]":
             yield INDEXES
         elif instruction.opname == "FOR_ITER":

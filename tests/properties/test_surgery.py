@@ -9,8 +9,8 @@ import copy
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from rules import RELU_FUNCTIONS, calling, names_of
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from sparsetweaks.errors import NoEffectWarning
@@ -107,35 +108,9 @@ surgeries = st.sampled_from(sorted(SURGERIES))
 
 # --- References: the same tweaks, made by other means -------------------------------------------------------
 
-RELU_FUNCTIONS = {
-    F.relu,
-    torch.relu,
-    torch.relu_,
-    Tensor.relu,
-    Tensor.relu_,
-    F.relu6,
-    F.leaky_relu,
-    F.leaky_relu_,
-    F.hardtanh,  # what `nn.ReLU6` calls
-}
 ALWAYS_IN_PLACE = {torch.relu_, Tensor.relu_, F.leaky_relu_}
 RELU_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU)
 INPLACE_POSITION = {F.relu: 1, F.relu6: 1, F.leaky_relu: 2, F.hardtanh: 3}
-
-
-@contextmanager
-def calling() -> Iterator[list[nn.Module]]:
-    """Inside, the list holds the modules that are being called, the innermost last."""
-    stack: list[nn.Module] = []
-    enter = register_module_forward_pre_hook(lambda module, inputs: stack.append(module))
-    leave = register_module_forward_hook(
-        lambda module, inputs, output: (stack.pop(), None)[1], always_call=True
-    )
-    try:
-        yield stack
-    finally:
-        enter.remove()
-        leave.remove()
 
 
 class SiluWhere(TorchFunctionMode):
@@ -162,13 +137,6 @@ def silu_function(function: Any) -> Callable[[Tensor], Tensor]:
     if function in ALWAYS_IN_PLACE:
         return lambda x: x.copy_(F.silu(x.clone()))
     return lambda x: F.silu(x)
-
-
-def names_of(model: nn.Module) -> dict[int, set[str]]:
-    names: dict[int, set[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), set()).add(name)
-    return names
 
 
 def observe_swapped(spec: Spec, training: bool) -> Observation:

@@ -551,3 +551,42 @@ def test_a_parametrization_put_above_a_rewritten_class_stays():
     assert parametrize.is_parametrized(twice, "weight")
     torch.testing.assert_close(twice(x), F.mish(x * once.weight))
     torch.testing.assert_close(once(x), F.silu(x * once.weight))
+
+
+class CallsParent(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+class DoubledReLU(nn.ReLU):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_a_forward_reaches_through_super_is_seen():
+    unit = CallsParent(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
+    assert [site.path for site in st.find_skip_sites(unit)] == ["0"]
+    x = torch.randn(1, 3, 5, 5)
+    skipped = st.inject_skips(unit, strength=1.0)
+    torch.testing.assert_close(skipped(x), F.relu(unit[0](x) + x) + x)
+    model = nn.Sequential(nn.Linear(3, 3), DoubledReLU())
+    (site,) = st.find_activations(model)
+    assert site.scope == "1"
+    if site.left is None:
+        torch.testing.assert_close(
+            st.swap_activations(model, "silu")(x[0, 0, :, :3]), 2 * F.silu(model[0](x[0, 0, :, :3]))
+        )
+
+
+def test_a_hop_through_containers_needs_a_loop_or_an_index():
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pairs = nn.ModuleList(nn.ModuleList([nn.Conv2d(3, 3, 1), nn.ReLU()]) for _ in range(2))
+
+        def forward(self, x):
+            for conv, act in self.pairs:
+                x = act(conv(x))
+            return x
+
+    assert len(st.find_skip_sites(Blocks())) == 2
