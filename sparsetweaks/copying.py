@@ -88,6 +88,8 @@ def _copied(module: Any, memo: dict[int, Any]) -> Any:
             attributes[name] = {
                 key: None if each is None else _copied(each, memo) for key, each in value.items()
             }
+        elif name in ("_parameters", "_buffers"):
+            attributes[name] = {key: _copied_tensor(each, memo) for key, each in value.items()}
         elif type(value) in _CONSTANTS:
             attributes[name] = value
         elif type(value) in _EMPTY and not value and id(value) not in memo:
@@ -95,6 +97,34 @@ def _copied(module: Any, memo: dict[int, Any]) -> Any:
         else:
             attributes[name] = copy.deepcopy(value, memo)
     return made
+
+
+def _copied_tensor(tensor: Any, memo: dict[Any, Any]) -> Any:
+    """The same for a tensor: one that is plain and fills a storage of its own is cloned.
+
+    torch copies storages, once each, under this key of the memo: that way views of one storage stay that.
+    """
+    if type(tensor) is not torch.Tensor or id(tensor) in memo or not _fills_its_storage(tensor):
+        return copy.deepcopy(tensor, memo)
+    storage, copied = tensor.untyped_storage(), memo.setdefault("torch", {})
+    if storage._cdata in copied:
+        return copy.deepcopy(tensor, memo)
+    made = memo[id(tensor)] = tensor.detach().clone(memory_format=torch.preserve_format)
+    copied[storage._cdata] = made.untyped_storage()
+    return made.requires_grad_(tensor.requires_grad)
+
+
+def _fills_its_storage(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a leaf of ordinary numbers, without anything attached, as large as its storage."""
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type in ("cpu", "cuda")
+        and tensor.is_contiguous()
+        and tensor.is_leaf
+        and tensor.grad is None
+        and not (vars(tensor) or tensor.is_quantized or tensor.is_complex())
+        and tensor.untyped_storage().nbytes() == tensor.nbytes
+    )
 
 
 _CONSTANTS = (bool, int, float, str, bytes, type, type(None), torch.dtype, torch.device, types.FunctionType)

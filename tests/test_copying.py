@@ -172,3 +172,33 @@ def test_a_parametrization_removed_from_or_added_to_the_copy_stays_with_the_orig
 def test_only_models_are_copied():
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got dict"):
         copy_model({})
+
+
+def test_buffers_that_share_memory_still_share_it_in_the_copy():
+    """torch's own deepcopy keeps views of one storage; the quick way for plain buffers must not part them."""
+    model = nn.Module()
+    whole = torch.arange(6.0)
+    model.register_buffer("whole", whole)
+    model.register_buffer("again", whole.view(2, 3))
+    model.register_buffer("part", whole[2:4])
+    model.register_buffer("alone", torch.ones(2, 3).t())
+    model.register_buffer("complex", torch.ones(2, dtype=torch.complex64).conj())
+    copied = copy_model(model)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(copied.get_buffer(name), buffer)
+        assert copied.get_buffer(name).stride() == buffer.stride()
+    copied.whole[2] = 7.0
+    assert copied.again[0, 2] == copied.part[0] == 7.0
+    assert whole[2] == 2.0
+
+
+def test_a_sparse_buffer_and_one_with_a_gradient_are_copied_as_torch_copies_them():
+    model = nn.Module()
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    model.register_buffer("trained", torch.ones(2, requires_grad=True))
+    model.trained.sum().backward()
+    copied = copy_model(model)
+    assert torch.equal(copied.sparse.to_dense(), torch.eye(3))
+    assert copied.trained.requires_grad
+    assert torch.equal(copied.trained, model.trained)
+    assert copied.trained is not model.trained

@@ -56,6 +56,7 @@ class Scopes:
     def __init__(self) -> None:
         self._traces: dict[Hashable, Trace | Untraceable] = {}
         self._names: dict[Hashable, collections.Counter[str]] = {}
+        self._asked: dict[tuple[nn.Module, type], collections.Counter[str]] = {}
 
     def trace(self, module: nn.Module) -> Trace:
         """The cases of the module's own forward.
@@ -94,6 +95,12 @@ class Scopes:
         )
 
     def _mentions(self, module: nn.Module) -> collections.Counter[str]:
+        asked = (module, type(module))  # of which a surgery makes another
+        if asked not in self._asked:
+            self._asked[asked] = self._look_up(module)
+        return self._asked[asked]
+
+    def _look_up(self, module: nn.Module) -> collections.Counter[str]:
         classes = frozenset(type(child) for child in module.modules())
         held = frozenset(itertools.chain.from_iterable(map(functions_in, vars(module).values())))
         key = (type(module), classes, held)

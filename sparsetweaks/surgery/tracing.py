@@ -16,6 +16,7 @@ import builtins
 import contextlib
 import inspect
 import itertools
+import math
 import random
 import sys
 import threading
@@ -85,7 +86,7 @@ def trace_cases(module: nn.Module, names: Set[str]) -> Trace:
             raise Untraceable(f"its optional arguments make more than {MAX_CASES} cases")
         for answers in _combinations(questions):
             try:
-                graph, asked = _trace_one(twins, signature, answers)
+                graph, asked = _trace_one(twins, signature, answers, names)
             except _NotConstant as argument:
                 questions[argument.name] = (signature.parameters[argument.name].default,)
                 settled = False
@@ -177,16 +178,19 @@ class _NotConstant(Exception):
 
 
 def _trace_one(
-    twins: _StandIns, signature: inspect.Signature, answers: dict[str, Any]
+    twins: _StandIns, signature: inspect.Signature, answers: dict[str, Any], names: Set[str]
 ) -> tuple[fx.Graph, set[str]]:
     """Run the forward of the stand-in once, with symbolic inputs; nothing of the module or the caller changes."""
     vars(twins.root)["training"] = answers.get("self.training", True)
-    tracer = _Tracer(signature, answers)
+    wrapped = (math,) if names & vars(math).keys() else ()
+    tracer = _Tracer(signature, answers, wrapped)
     state, rng = random.getstate(), torch.random.get_rng_state()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state(legacy=False) if numpy else None
     try:
-        with _watched(tracer):
+        with (
+            _one_at_a_time
+        ):  # what a trace puts in place of torch's and Python's own is there for every thread
             graph = tracer.trace(twins.root)
         if tracer.refusal is not None:
             raise tracer.refusal
@@ -292,8 +296,13 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, signature: inspect.Signature, answers: dict[str, Any]):
-        super().__init__()
+    def __init__(
+        self,
+        signature: inspect.Signature,
+        answers: dict[str, Any],
+        wrapped: tuple[types.ModuleType, ...],
+    ):
+        super().__init__(autowrap_modules=wrapped)
         self.answers = answers
         self.signature = signature
         self.asked: set[str] = set()
@@ -339,7 +348,12 @@ class _Tracer(fx.Tracer):
                 keyword[name] = value
             else:
                 positional.append(value)
-        return (lambda *given: root_fn(*given, **keyword)) if keyword else root_fn, positional
+
+        def forward(*given: Any) -> Any:
+            with _watched(self):  # only here: fx asks `isinstance` of everything that a model holds
+                return root_fn(*given, **keyword)
+
+        return forward, positional
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -391,7 +405,6 @@ def _watched(tracer: _Tracer) -> Iterator[None]:
     The answer cannot come from a `__class__` of the proxy: torch's argument parser would believe it, and read a
     tensor that is not there. Activation checkpointing works by saved-tensor hooks, which a trace would leave out.
     """
-    _one_at_a_time.acquire()  # what is put in place of builtins below is there for every thread
     hooks = torch.autograd.graph.saved_tensors_hooks
     is_instance, has, get, enter = builtins.isinstance, builtins.hasattr, builtins.getattr, hooks.__enter__
 
@@ -445,7 +458,6 @@ def _watched(tracer: _Tracer) -> Iterator[None]:
             setattr(torch, name, function)
         builtins.isinstance, builtins.hasattr, builtins.getattr = is_instance, has, get
         hooks.__enter__ = enter  # type: ignore[method-assign]
-        _one_at_a_time.release()
 
 
 def _execution_state() -> tuple[bool, ...]:
