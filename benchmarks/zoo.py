@@ -21,7 +21,7 @@ Status of a row:
     wrong           a check did not hold: a bug of sparsetweaks
     exception       a surgery raised: a bug of sparsetweaks
     model fails     the model does not build, run or copy here by itself; its own error is the note
-    structure only  too large to run here, and with rewritten forwards that no run has proven: see below
+    structure only  not run here, and with rewritten forwards that no other model's run has proven: see below
     timeout, crash  no verdict; the note says at which step
 
 How a row was proven:
@@ -29,7 +29,9 @@ How a row was proven:
     alike       a model of over 3 million parameters, operated on the meta device: names, counts and previews were
                 checked, and every forward that was rewritten in it is, but for numbers such as widths, one that a
                 smaller model of the same family ran and proved ("proves" counts those that a row was the first to prove)
-    structure   as alike, but with forwards that no run has proven, in a model too large to run here
+    structure   as alike, but with forwards that no run has proven
+
+A model that builds, and that nothing is found to call with, is operated on the meta device as a large one is.
 
 Rows whose engine (a hash of the surgery's and the sweep's source) and library versions are current are not remade.
 """
@@ -90,7 +92,10 @@ ROUNDING = 1e-5
 difference of gradients below this fraction of the largest one is noted, not counted as wrong. Outputs get no such room."""
 
 PATIENCE = 4
-"""A model is given up after this many times its limit of CPU seconds on the clock."""
+"""A model is given up after this many times its limit of CPU seconds: the limit decides what is still begun."""
+
+CLOCK = 60
+"""Or after this many times its limit on the clock, in which it may also sleep or wait for others."""
 
 SPARSITY = 0.5
 LAYERS = ("conv", "linear")
@@ -278,7 +283,8 @@ def kept(before: nn.Module, after: nn.Module, *, added: bool) -> str:
         ties = [tying({name: tensors_[name] for name in old}) for tensors_ in (old, new)]
         if ties[0] != ties[1]:
             return f"{group}: tying changed"
-    if list(before.state_dict()) != [name for name in after.state_dict() if name in before.state_dict()]:
+    known = before.state_dict().keys()
+    if list(known) != [name for name in after.state_dict() if name in known]:
         return "state_dict: names or order changed"
     return ""
 
@@ -391,7 +397,11 @@ class Examination:
             if verdict != "structure only" or parameters > LARGE:
                 return verdict
             self.notes, self.bodies = [], set()
-        specimen, model, reference = self.find_specimen()
+        try:
+            specimen, model, reference = self.find_specimen()
+        except ModelFails as error:
+            self.notes, self.bodies = [f"nothing found that it can be called with: {error}"], set()
+            return self.structure_only()
         self.row |= {"parameters": sum(each.numel() for each in model.parameters()), "input": specimen.text}
         train = reference.train is not None and (time.process_time() - started) * 6 < self.seconds
         if not train:
@@ -418,7 +428,11 @@ class Examination:
         """The first way to build the model in which it runs, in train mode as well if there is one."""
         errors: list[str] = []
         fallback = None
+        begun = time.process_time()
         for specimen in zoo_models.specimens(self.family, self.name):
+            if errors and time.process_time() - begun > self.seconds:
+                errors.append(f"given up after {self.seconds:g} CPU s")
+                break
             self.tell(f"building {specimen.text}")
             try:
                 torch.manual_seed(0)
@@ -779,25 +793,32 @@ def examine_apart(family: str, name: str, seconds: float, proven: frozenset[str]
     )
     process.start()
     sender.close()
-    step, deadline = "starting", time.monotonic() + PATIENCE * seconds
+    step, deadline, late = "starting", time.monotonic() + CLOCK * seconds, False
     row: dict[str, Any] | None = None
     with contextlib.suppress(EOFError):
-        while row is None and receiver.poll(max(0.0, deadline - time.monotonic())):
-            message = receiver.recv()
-            if isinstance(message, dict):
-                row = message
+        while row is None and not late:
+            if receiver.poll(1.0):
+                message = receiver.recv()
+                row, step = (message, step) if isinstance(message, dict) else (None, message)
             else:
-                step = message
+                late = cpu_seconds(process.pid) > PATIENCE * seconds or time.monotonic() > deadline
     if row is None:
-        late = time.monotonic() >= deadline
         process.kill()
         process.join()
         status, what = (
-            ("timeout", f"after {seconds:g} s") if late else ("crash", f"exit code {process.exitcode}")
+            ("timeout", f"after {PATIENCE * seconds:g} CPU s")
+            if late
+            else ("crash", f"exit code {process.exitcode}")
         )
         row = {"family": family, "model": name, "status": status, "note": f"{what}, while {step}"}
     process.join()
     return row
+
+
+def cpu_seconds(pid: int | None) -> float:
+    """What a process has used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _child(family: str, name: str, seconds: float, proven: frozenset[str], sender: Any) -> None:

@@ -10,15 +10,14 @@ import contextlib
 import fnmatch
 import functools
 import importlib
-import inspect
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import zoo_transformers
 from torch import nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # weights are never downloaded, whatever a builder would like
@@ -53,20 +52,18 @@ class Specimen:
 
 def names(family: str) -> list[str]:
     """All models of a family, those to look at first in front."""
-    return {
-        "torchvision": _torchvision_names,
-        "timm": _timm_names,
-        "transformers": _transformers_names,
-        "homemade": _homemade_names,
-    }[family]()
+    if family == "transformers":
+        return zoo_transformers.names()
+    return {"torchvision": _torchvision_names, "timm": _timm_names, "homemade": _homemade_names}[family]()
 
 
 def specimens(family: str, name: str) -> Iterator[Specimen]:
     """The ways to build one model, cheapest first."""
+    if family == "transformers":
+        return (Specimen(*each) for each in zoo_transformers.specimens(name))
     return {
         "torchvision": _torchvision_specimens,
         "timm": _timm_specimens,
-        "transformers": _transformers_specimens,
         "homemade": _homemade_specimens,
     }[family](name)
 
@@ -263,170 +260,6 @@ def _timm_specimens(name: str) -> Iterator[Specimen]:
             options = {"pretrained": False, "num_classes": CLASSES, **sized, **dropped}
             build = functools.partial(timm.create_model, name, **options)
             yield Specimen(build, _images(2, channels, size, size), f"2x{channels}x{size}x{size}")
-
-
-# ------------------------------------------------------------------------------------------------- transformers
-
-_FIRST = (
-    "resnet convnext convnextv2 vit deit swin swinv2 regnet mobilenet_v1 mobilenet_v2 segformer beit dinov2 efficientnet "
-    "bit poolformer pvt pvt_v2 cvt levit mobilevit mobilevitv2 focalnet hiera data2vec-vision vit_mae dpt glpn detr "
-    "yolos bert roberta distilbert albert electra deberta deberta-v2 xlnet mpnet funnel convbert squeezebert "
-    "mobilebert fnet longformer big_bird roformer xlm-roberta modernbert gpt2 gpt_neo gpt_neox gptj opt bloom codegen "
-    "llama mistral mixtral qwen2 qwen3 gemma gemma2 phi phi3 falcon mpt stablelm mamba rwkv t5 mt5 bart mbart pegasus "
-    "blenderbot m2m_100 marian led longt5 switch_transformers prophetnet whisper wav2vec2 hubert wavlm sew unispeech "
-    "data2vec-audio speech_to_text audio-spectrogram-transformer clip siglip blip vilt chinese_clip align"
-)
-"""The families that most people use, in front of all others."""
-
-_LAYERS = re.compile(
-    r"(^|_)(n_layers?|num_layers|num_\w+_layers|\w*_layers|layers|depth|num_blocks|n_blocks)$"
-)
-_WIDTHS = re.compile(
-    r"(size|dim|dims|d_model|d_ff|d_kv|d_inner|n_embd|n_inner|channels|filters|features|rank|planes)$"
-)
-_NOT_WIDTHS = re.compile(
-    r"(image|patch|vocab|window|kernel|crop|chunk|block|batch|kv_heads|num_channels|stride|max_)"
-)
-
-
-def _transformers_names() -> list[str]:
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-
-    first = [name for name in _FIRST.split() if name in MODEL_MAPPING_NAMES]
-    return first + [name for name in MODEL_MAPPING_NAMES if name not in first]
-
-
-def _transformers_specimens(name: str) -> Iterator[Specimen]:
-    """Narrow and shallow first, then wider; each called with every recipe of inputs that its forward may take."""
-    import transformers
-
-    for factor, size in ((8, 64), (4, 64), (2, 64), (1, 64), (8, None), (1, None)):
-        config = transformers.AutoConfig.for_model(name)
-        _shrink(config, factor, size)
-        build = functools.partial(transformers.AutoModel.from_config, config)
-        cls = transformers.MODEL_MAPPING[type(config)]
-        takes = set(inspect.signature((cls[0] if isinstance(cls, tuple) else cls).forward).parameters)
-        for recipe in _recipes(config, takes):
-            text = ", ".join(f"{key} {'x'.join(map(str, shape))}" for key, shape in recipe.items())
-            keywords = functools.partial(
-                _hugging_inputs, recipe=recipe, vocabulary=_first_of(config, ("vocab_size",), 200)
-            )
-            yield Specimen(build, lambda generator: (), f"widths/{factor}: {text}", keywords)
-
-
-def _shrink(config: Any, factor: int, size: int | None) -> None:
-    """Two layers everywhere, widths divided, small pictures and vocabularies; nested configurations as well."""
-    from transformers import PretrainedConfig
-
-    for key, value in list(vars(config).items()):
-        small = value
-        if isinstance(value, PretrainedConfig):
-            _shrink(value, factor, size)
-        elif key.endswith("token_id") and isinstance(value, int) and value > 199:
-            small = 199
-        elif key == "image_size" and size is not None and isinstance(value, (int, list, tuple)):
-            small = size if isinstance(value, int) else type(value)(size for _ in value)
-        elif key == "layer_types" and isinstance(value, list):
-            small = value[:2]
-        elif key in ("depths", "layers_per_stage", "num_blocks_per_stage") and isinstance(
-            value, (list, tuple)
-        ):
-            small = type(value)(min(2, each) if isinstance(each, int) else each for each in value)
-        elif isinstance(value, (list, tuple)) and _WIDTHS.search(key.rstrip("s")):
-            small = type(value)(_narrow(key, each, factor) for each in value)
-        elif type(value) is int:
-            small = min(2, value) if _LAYERS.search(key) else _narrow(key, value, factor)
-        if small is not value:
-            with contextlib.suppress(AttributeError, NotImplementedError, ValueError, TypeError):
-                setattr(config, key, small)
-
-
-def _narrow(key: str, value: Any, factor: int) -> Any:
-    if type(value) is not int:
-        return value
-    if key == "vocab_size":
-        return min(value, 200)
-    if "expert" in key and "num" in key:
-        return min(value, 4)
-    wide = _WIDTHS.search(key.rstrip("s")) and not _NOT_WIDTHS.search(key)
-    return value // factor if wide and value % factor == 0 and value // factor >= 4 else value
-
-
-def _first_of(config: Any, keys: tuple[str, ...], default: int) -> int:
-    """The first of these settings, here or in a nested configuration."""
-    from transformers import PretrainedConfig
-
-    nested = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
-    for each in (config, *nested):
-        for key in keys:
-            value = getattr(each, key, None)
-            if isinstance(value, (list, tuple)) and value:
-                value = value[0]
-            if isinstance(value, int) and value > 0:
-                return value
-    return default
-
-
-def _recipes(config: Any, takes: set[str]) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Shapes of inputs by name; several guesses, the first that runs is taken."""
-    size = _first_of(config, ("image_size", "img_size"), 64)
-    channels = _first_of(config, ("num_channels", "in_channels", "in_chans"), 3)
-    mels = _first_of(config, ("num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels"), 80)
-    frames = 2 * _first_of(config, ("max_source_positions",), 50)
-    decoder = (
-        {"decoder_input_ids": (2, 6)} if "decoder_input_ids" in takes and config.is_encoder_decoder else {}
-    )
-    text = {"input_ids": (2, 8)} if "input_ids" in takes else {}
-    pictures: list[dict[str, tuple[int, ...]]] = []
-    if "pixel_values" in takes:
-        sizes = dict.fromkeys((size, 64, 128, 224))
-        pictures = [{"pixel_values": (2, channels, each, each)} for each in sizes]
-        pictures += [{"pixel_values": (2, _first_of(config, ("num_frames",), 8), channels, size, size)}]
-    for picture in pictures:
-        yield {**picture, **decoder}
-        if text:
-            yield {**picture, **text, **decoder}
-    if text:
-        yield {**text, **decoder}
-        yield {"input_ids": (2, 128), **decoder}
-    if "input_values" in takes:
-        for shape in (
-            (2, 4000),
-            (2, 1, 4000),
-            (2, _first_of(config, ("max_length",), 1024), mels),
-            (2, 16000),
-        ):
-            yield {"input_values": shape, **decoder}
-    if "input_features" in takes:
-        for shape in ((2, mels, frames), (2, frames, mels), (2, 64, mels), (2, mels, 3000)):
-            yield {"input_features": shape, **decoder}
-    if "pixel_values_videos" in takes:
-        yield {
-            "pixel_values_videos": (
-                2,
-                _first_of(config, ("num_frames", "frames_per_clip"), 8),
-                channels,
-                size,
-                size,
-            )
-        }
-    if "past_values" in takes:
-        length = _first_of(config, ("context_length",), 32)
-        yield {"past_values": (2, length, _first_of(config, ("num_input_channels",), 1))}
-        yield {"past_values": (2, length)}
-    if "inputs_embeds" in takes and not text:
-        yield {"inputs_embeds": (2, 8, _first_of(config, ("hidden_size", "d_model"), 64))}
-    if "hidden_states" in takes:
-        yield {"hidden_states": (2, 8, _first_of(config, ("hidden_size", "d_model"), 64))}
-
-
-def _hugging_inputs(generator: torch.Generator, *, recipe: dict[str, Any], vocabulary: int) -> dict[str, Any]:
-    return {
-        key: torch.randint(5, vocabulary - 5, shape, generator=generator)
-        if key.endswith("_ids")
-        else torch.randn(shape, generator=generator)
-        for key, shape in recipe.items()
-    }
 
 
 # ----------------------------------------------------------------------------------------------------- homemade

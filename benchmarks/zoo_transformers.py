@@ -1,0 +1,364 @@
+"""The zoo's Hugging Face transformers: one small configuration of every model type, and what each is called with.
+
+A configuration starts from its own defaults; layers, widths, pictures and vocabularies are made small, in several steps
+from smallest to full width, as some models do not build narrow. Inputs are guessed from the forward's signature; what
+cannot be guessed stands in `SETTINGS` and `INPUTS`, by model type.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+Shapes = dict[str, Any]
+"""Inputs by name: a shape, or a function of a generator that makes the input itself."""
+
+FIRST = (
+    "resnet convnext convnextv2 vit deit swin swinv2 regnet mobilenet_v1 mobilenet_v2 segformer beit dinov2 efficientnet "
+    "bit poolformer pvt pvt_v2 cvt levit mobilevit mobilevitv2 focalnet hiera data2vec-vision vit_mae dpt glpn detr "
+    "yolos bert roberta distilbert albert electra deberta deberta-v2 xlnet mpnet funnel convbert squeezebert "
+    "mobilebert fnet longformer big_bird roformer xlm-roberta modernbert gpt2 gpt_neo gpt_neox gptj opt bloom codegen "
+    "llama mistral mixtral qwen2 qwen3 gemma gemma2 phi phi3 falcon mpt stablelm mamba rwkv t5 mt5 bart mbart pegasus "
+    "blenderbot m2m_100 marian led longt5 switch_transformers prophetnet whisper wav2vec2 hubert wavlm sew unispeech "
+    "data2vec-audio speech_to_text audio-spectrogram-transformer clip siglip blip vilt chinese_clip align"
+)
+"""The families that most people use, in front of all others."""
+
+SETTINGS: dict[str, Mapping[str, Any]] = {
+    "autoformer": {"prediction_length": 8, "context_length": 16},
+    "gemma3n": {"text_config.vocab_size_per_layer_input": 200},
+    "gemma3n_text": {"vocab_size_per_layer_input": 200},
+    "instructblip": {"image_token_id": 190},
+    "instructblipvideo": {"video_token_id": 190},
+    "perceiver": {"d_latents": 64, "num_self_attends_per_block": 2},
+    "seggpt": {"image_size": [128, 64]},
+    "informer": {"prediction_length": 8, "context_length": 16},
+    "time_series_transformer": {"prediction_length": 8, "context_length": 16},
+    "align": {"vision_config.depth_coefficient": 0.2, "vision_config.width_coefficient": 0.5},
+    "aya_vision": {"vision_config.num_attention_heads": 12},
+    "blip-2": {"image_token_id": 190},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "efficientnet": {"depth_coefficient": 0.2, "width_coefficient": 0.5},
+    "esm": {"pad_token_id": 1, "mask_token_id": 4},
+}
+"""Settings that a type's default configuration lacks or that do not fit a small one; dots lead into nested ones."""
+
+INPUTS: dict[str, Callable[[Any], Shapes]] = {
+    "audioflamingo3_encoder": lambda config: {
+        "input_features": (2, config.num_mel_bins, 2 * config.max_source_positions),
+        "input_features_mask": ones(2, 2 * config.max_source_positions),
+    },
+    "blip-2": lambda config: {
+        "pixel_values": (2, 3, config.vision_config.image_size, config.vision_config.image_size),
+        "input_ids": with_pictures(config, config.num_query_tokens),
+    },
+    "blip_2_qformer": lambda config: {
+        "query_embeds": (2, 8, config.hidden_size),
+        "encoder_hidden_states": (2, 8, config.encoder_hidden_size),
+    },
+    "bros": lambda config: {"input_ids": (2, 8), "bbox": (2, 8, config.dim_bbox)},
+    "decision_transformer": lambda config: {
+        "states": (2, 8, config.state_dim),
+        "actions": (2, 8, config.act_dim),
+        "rewards": (2, 8, 1),
+        "returns_to_go": (2, 8, 1),
+        "timesteps": counting(2, 8),
+    },
+    "efficientloftr": lambda config: {"pixel_values": (1, 2, 1, 64, 64)},
+    "fun_asr_nano_encoder": lambda config: {
+        "input_features": (2, 64, config.input_size),
+        "input_features_mask": ones(2, 64),
+    },
+    "clap": lambda config: {"input_ids": (2, 8), "input_features": (2, 1, 1001, 64)},
+    "clvp": lambda config: {"input_ids": (2, 8), "input_features": (2, 80, 64)},
+    "gemma3n_audio": lambda config: {
+        "audio_mel": (2, 64, config.input_feat_size),
+        "audio_mel_mask": zeros(2, 64, dtype=torch.bool),
+    },
+    "gemma4_audio": lambda config: {"input_features": (2, 64, 128)},
+    "gemma4_vision": lambda config: {
+        "pixel_values": (2, 36, 3 * config.patch_size**2),
+        "pixel_position_ids": grid(2, 6),
+    },
+    "inkling2_vision": lambda config: {
+        "pixel_values": (16, *[config.patch_size * config.spatial_merge_size] * 2, 3),
+        "image_grid_thw": constant([1, 4, 4]),
+    },
+    "instructblip": lambda config: {
+        "pixel_values": (2, 3, config.vision_config.image_size, config.vision_config.image_size),
+        "qformer_input_ids": (2, 8),
+        "input_ids": with_pictures(config, config.num_query_tokens),
+    },
+    "instructblipvideo": lambda config: {
+        "pixel_values": (2, 4, 3, config.vision_config.image_size, config.vision_config.image_size),
+        "qformer_input_ids": (2, 8),
+        "input_ids": with_pictures(config, 4 * config.num_query_tokens),
+    },
+    "lightglue": lambda config: {"pixel_values": (1, 2, 1, 64, 64)},
+    "mimi_decoder": lambda config: {"latents": (2, config.hidden_size, 8)},
+    "neucodec": lambda config: {"input_values": (1, 1, 16000), "input_features": (1, 50, 160)},
+    "oneformer": lambda config: {"pixel_values": (1, 3, 64, 64), "task_inputs": (1, 77)},
+    "pe_audio": lambda config: {"input_ids": (2, 8), "input_values": (2, 1, 16000)},
+    "pe_video": lambda config: {"input_ids": (2, 8), "pixel_values_videos": (2, 4, 3, 336, 336)},
+    "pe_video_encoder": lambda config: {"pixel_values_videos": (2, 4, 3, 336, 336)},
+    "perceiver": lambda config: {"inputs": (2, 8, config.d_model)},
+    "pocket_tts_audio_tokenizer_decoder": lambda config: {"latents": (2, config.hidden_size, 8)},
+    "qwen3_asr_encoder": lambda config: {
+        "input_features": (2, config.num_mel_bins, 2 * config.n_window),
+        "input_features_mask": ones(2, 2 * config.n_window),
+    },
+    "seggpt": lambda config: {
+        "pixel_values": (2, 3, 64, 64),
+        "prompt_pixel_values": (2, 3, 64, 64),
+        "prompt_masks": (2, 3, 64, 64),
+    },
+    "siglip2_vision_model": lambda config: {
+        "pixel_values": (2, 16, 3 * config.patch_size**2),
+        "pixel_attention_mask": ones(2, 16),
+        "spatial_shapes": constant([4, 4], [4, 4]),
+    },
+    "timesfm": lambda config: {
+        "past_values": (2, 2 * config.patch_length),
+        "past_values_padding": zeros(2, 2 * config.patch_length),
+        "freq": zeros(2, 1),
+    },
+    "vibevoice_acoustic_tokenizer_encoder": lambda config: {"hidden_states": (2, 1, 6400)},
+    "videoprism": lambda config: {"input_ids": (2, 8), "pixel_values_videos": (2, 4, 3, 64, 64)},
+    "xcodec2": lambda config: {"input_values": (1, 1, 16000), "input_features": (1, 50, 160)},
+}
+"""What a type is called with where its signature does not tell."""
+
+_LAYERS = re.compile(
+    r"(^|_)(n_layers?|num_layers|num_\w+_layers|\w*_layers|layers|depth|num_blocks|n_blocks)$"
+)
+_NOT_LAYERS = ("num_feat_extract_layers",)
+_WIDTHS = re.compile(
+    r"(size|dim|dims|d_model|d_ff|d_kv|d_inner|n_embd|n_inner|channels|filters|features|rank|planes)$"
+)
+_NOT_WIDTHS = re.compile(
+    r"(image|patch|vocab|window|kernel|crop|chunk|block|batch|kv_heads|num_channels|stride|max_)"
+)
+
+
+def names() -> list[str]:
+    """All model types that have a base model, those that most people use in front."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    first = [name for name in FIRST.split() if name in MODEL_MAPPING_NAMES]
+    return first + [name for name in MODEL_MAPPING_NAMES if name not in first]
+
+
+def specimens(name: str) -> Iterator[tuple[Callable[[], Any], Any, str, Any]]:
+    """Narrow and shallow first, then wider; each called with every recipe of inputs that its forward may take.
+
+    Yields what makes the model, its (no) positional arguments, both in words, and its keyword arguments.
+    """
+    import transformers
+
+    classes = transformers.MODEL_MAPPING[type(transformers.AutoConfig.for_model(name))]
+    cls = classes[0] if isinstance(classes, tuple) else classes
+    takes = set(inspect.signature(cls.forward).parameters)
+    for factor, size in ((8, 64), (4, 64), (2, 64), (1, 64), (8, None), (1, None)):
+        config = transformers.AutoConfig.for_model(name)
+        _shrink(config, factor, size)
+        for key, value in SETTINGS.get(name, {}).items():
+            _set(config, key, value)
+        build = functools.partial(cls._from_config, config)
+        for recipe in [INPUTS[name](config)] if name in INPUTS else _recipes(config, takes):
+            text = ", ".join(
+                key if callable(shape) else f"{key} {'x'.join(map(str, shape))}"
+                for key, shape in recipe.items()
+            )
+            keywords = functools.partial(
+                _inputs, recipe=recipe, vocabulary=_first_of(config, ("vocab_size",), 200)
+            )
+            yield build, lambda generator: (), f"widths/{factor}: {text}", keywords
+
+
+def _set(config: Any, key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    setattr(functools.reduce(getattr, path, config), last, value)
+
+
+def counting(rows: int, length: int) -> Callable[[torch.Generator], torch.Tensor]:
+    """Positions 0, 1, 2, ... in each row."""
+    return lambda generator: torch.arange(length).repeat(rows, 1)
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.long) -> Callable[[torch.Generator], torch.Tensor]:
+    """A mask that hides nothing."""
+    return lambda generator: torch.ones(shape, dtype=dtype)
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Callable[[torch.Generator], torch.Tensor]:
+    """A padding mask that hides nothing."""
+    return lambda generator: torch.zeros(shape, dtype=dtype)
+
+
+def grid(rows: int, side: int) -> Callable[[torch.Generator], torch.Tensor]:
+    """Horizontal and vertical positions of side x side patches."""
+    return lambda generator: torch.cartesian_prod(torch.arange(side), torch.arange(side)).repeat(rows, 1, 1)
+
+
+def with_pictures(config: Any, count: int) -> Callable[[torch.Generator], torch.Tensor]:
+    """Text in which `count` tokens stand for a picture."""
+    token = getattr(config, "image_token_id", None) or config.video_token_id
+    return lambda generator: torch.tensor([[token] * count + [5, 6, 7, 8]] * 2)
+
+
+def constant(*values: Any) -> Callable[[torch.Generator], torch.Tensor]:
+    """The same numbers at every call."""
+    return lambda generator: torch.tensor(list(values))
+
+
+def _shrink(config: Any, factor: int, size: int | None) -> None:
+    """Two layers everywhere, widths divided, small pictures and vocabularies; nested configurations as well."""
+    from transformers import PretrainedConfig
+
+    for key, value in list(vars(config).items()):
+        small = value
+        if key == "vocab_size" and value is None:
+            small = 200
+        elif key == "num_kv_shared_layers":
+            small = 0
+        elif isinstance(value, PretrainedConfig):
+            _shrink(value, factor, size)
+        elif key.endswith("token_id") and isinstance(value, int) and value > 199:
+            small = 199
+        elif key == "image_size" and size is not None and isinstance(value, (int, list, tuple)):
+            small = size if isinstance(value, int) else type(value)(size for _ in value)
+        elif key == "layer_types" and isinstance(value, list):
+            small = value[:2]
+        elif key in ("depths", "layers_per_stage", "num_blocks_per_stage") and isinstance(
+            value, (list, tuple)
+        ):
+            small = type(value)(min(2, each) if isinstance(each, int) else each for each in value)
+        elif isinstance(value, (list, tuple)) and _WIDTHS.search(key.rstrip("s")):
+            small = type(value)(_narrow(key, each, factor) for each in value)
+        elif type(value) is int:
+            layers = _LAYERS.search(key) and key not in _NOT_LAYERS
+            small = min(2, value) if layers else _narrow(key, value, factor)
+        if small is not value:
+            with contextlib.suppress(AttributeError, NotImplementedError, ValueError, TypeError):
+                setattr(config, key, small)
+
+
+def _narrow(key: str, value: Any, factor: int) -> Any:
+    if type(value) is not int:
+        return value
+    if key == "vocab_size":
+        return min(value, 200)
+    if "expert" in key and "num" in key:
+        return min(value, 4)
+    wide = _WIDTHS.search(key.rstrip("s")) and not _NOT_WIDTHS.search(key)
+    return value // factor if wide and value % factor == 0 and value // factor >= 4 else value
+
+
+def _first_of(config: Any, keys: tuple[str, ...], default: int) -> int:
+    """The first of these settings, here or in a nested configuration."""
+    from transformers import PretrainedConfig
+
+    nested = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    for each in (config, *nested):
+        for key in keys:
+            value = getattr(each, key, None)
+            if isinstance(value, (list, tuple)) and value:
+                value = value[0]
+            if isinstance(value, int) and value > 0:
+                return value
+    return default
+
+
+def _recipes(config: Any, takes: set[str]) -> Iterator[Shapes]:
+    """Shapes of inputs by name; several guesses, the first that runs is taken."""
+    size = _first_of(config, ("image_size", "img_size"), 64)
+    channels = _first_of(config, ("num_channels", "in_channels", "in_chans"), 3)
+    mels = _first_of(config, ("num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels"), 80)
+    frames = 2 * _first_of(config, ("max_source_positions",), 50)
+    decoder = (
+        {"decoder_input_ids": (2, 6)} if "decoder_input_ids" in takes and config.is_encoder_decoder else {}
+    )
+    text = {"input_ids": (2, 8)} if "input_ids" in takes else {}
+    yield from _packed(config, takes)
+    pictures: list[Shapes] = []
+    if "pixel_values" in takes:
+        sizes = dict.fromkeys((size, 64, 128, 224))
+        pictures = [{"pixel_values": (2, channels, each, each)} for each in sizes]
+        pictures += [{"pixel_values": (2, _first_of(config, ("num_frames",), 8), channels, size, size)}]
+    for picture in pictures:
+        yield {**picture, **decoder}
+        if text:
+            yield {**picture, **text, **decoder}
+    if text:
+        yield {**text, **decoder}
+        yield {"input_ids": (2, 128), **decoder}
+    if "input_values" in takes:
+        for shape in (
+            (2, 4000),
+            (2, 1, 4000),
+            (2, _first_of(config, ("max_length",), 1024), mels),
+            (2, 16000),
+        ):
+            yield {"input_values": shape, **decoder}
+    if "input_features" in takes:
+        for shape in ((2, mels, frames), (2, frames, mels), (2, 64, mels), (2, mels, 3000)):
+            yield {"input_features": shape, **decoder}
+    if "pixel_values_videos" in takes:
+        yield {
+            "pixel_values_videos": (
+                2,
+                _first_of(config, ("num_frames", "frames_per_clip"), 8),
+                channels,
+                size,
+                size,
+            )
+        }
+    if "past_values" in takes:
+        length = _first_of(config, ("context_length",), 32)
+        if "past_time_features" in takes:
+            long, ahead = length + max(config.lags_sequence), config.prediction_length
+            yield {
+                "past_values": (2, long),
+                "past_time_features": (2, long, config.num_time_features),
+                "past_observed_mask": ones(2, long),
+                "future_values": (2, ahead),
+                "future_time_features": (2, ahead, config.num_time_features),
+            }
+        yield {"past_values": (2, length, _first_of(config, ("num_input_channels",), 1))}
+        yield {"past_values": (2, length)}
+    if "inputs_embeds" in takes and not text:
+        yield {"inputs_embeds": (2, 8, _first_of(config, ("hidden_size", "d_model"), 64))}
+    if "hidden_states" in takes:
+        yield {"hidden_states": (2, 8, _first_of(config, ("hidden_size", "d_model"), 64))}
+
+
+def _packed(config: Any, takes: set[str]) -> Iterator[Shapes]:
+    """Pictures as rows of flattened patches, with the grid that they came from: 4 x 4 of them."""
+    grid = next((name for name in ("grid_thw", "image_grid_thw") if name in takes), None)
+    if grid is None or "input_ids" in takes:
+        return
+    rows = "hidden_states" if "hidden_states" in takes else "pixel_values"
+    channels = _first_of(config, ("in_channels", "num_channels", "in_chans"), 3)
+    patch = _first_of(config, ("patch_size",), 14)
+    merged = {"merge_sizes": constant(2)} if "merge_sizes" in takes else {}
+    for frames in dict.fromkeys((_first_of(config, ("temporal_patch_size",), 1), 1, 2)):
+        for shape in ((16, channels * frames * patch**2), (16, channels, patch, patch)):
+            yield {rows: shape, grid: constant([1, 4, 4]), **merged}
+
+
+def _inputs(generator: torch.Generator, *, recipe: Shapes, vocabulary: int) -> dict[str, Any]:
+    return {key: _input(key, shape, generator, vocabulary) for key, shape in recipe.items()}
+
+
+def _input(key: str, shape: Any, generator: torch.Generator, vocabulary: int) -> Any:
+    if callable(shape):
+        return shape(generator)
+    if key.endswith("_ids"):
+        return torch.randint(5, vocabulary - 5, shape, generator=generator)
+    return torch.randn(shape, generator=generator)
