@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 from pathlib import Path
@@ -123,3 +124,21 @@ def test_the_tests_see_what_is_wrong(tmp_path, monkeypatch):
     page.write_text("{py:func}`~sparsetweaks.fold` {py:func}`sparsetweaks.folds`\n", encoding="utf-8")
     with pytest.raises(AttributeError, match="folds"):
         test_every_name_that_is_linked_or_documented_is_there(page)
+
+
+@pytest.mark.parametrize("package", ["sparsetweaks", "sparsetweaks.analysis"])
+def test_every_public_function_says_what_it_takes_gives_and_refuses(package):
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        function = getattr(module, name)
+        if isinstance(function, type):
+            continue
+        said = inspect.getdoc(function) or ""
+        given = set(inspect.signature(function).parameters) - {"model"}
+        for parameter in given if "as in" not in said else ():
+            assert re.search(rf"\b{parameter}\b", said), f"{name} does not say what {parameter} is"
+        returns = inspect.signature(function).return_annotation
+        assert "Returns:" in said or returns in ("None", "Iterator[None]"), (
+            f"{name} does not say what it returns"
+        )
+        assert ">>>" in said, f"{name} has no example"
