@@ -41,6 +41,7 @@ results: $(READY)
 # The site, in docs/_build/html: notebooks that changed are run first, which takes minutes. A warning or a dead link fails.
 docs: $(DOCS) $(TUTORIALS)
 	$(ONE) $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python docs/links.py docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
 docs/tutorials/%.ipynb: notebooks/%.ipynb | $(DOCS)

@@ -165,7 +165,14 @@ class Modules(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(text), allow_section_headings=True)
 
 
+def without_ways_back(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Sources have links back to the reference that lead nowhere for names from inside modules: leave them out."""
+    if page.startswith("_modules/") and "body" in context:
+        context["body"] = re.sub(r'<a class="viewcode-back"[^>]*>.*?</a>', "", context["body"])
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("html-page-context", without_ways_back)
     app.connect("autodoc-process-docstring", keep_plain, priority=400)
     app.connect("autodoc-process-docstring", prepare, priority=600)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
