@@ -6,8 +6,9 @@ import importlib
 import pkgutil
 import re
 import sys
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -38,7 +39,6 @@ nitpick_ignore_regex = [
         r"Tensor|Optimizer|Figure|Path|Any|Callable|Iterable|Iterator|Mapping|Sequence|SearchStrategy",
     ),
     (r"py:.*", r"Literal|optional|Model|Activation|dict\[str"),
-    (r"py:.*", r"sparsetweaks\..*\.(Model|Result|Loss|Where|Data)"),
     (r"py:.*", "|".join(re.escape(f"sparsetweaks.{name}") for name in _INSIDE)),
 ]
 
@@ -171,7 +171,15 @@ def without_ways_back(app: Sphinx, page: str, template: str, context: dict[str, 
         context["body"] = re.sub(r'<a class="viewcode-back"[^>]*>.*?</a>', "", context["body"])
 
 
+def as_text(app: Sphinx, env: Any, node: nodes.Element, text: nodes.Node) -> nodes.Node | None:
+    """Type variables and aliases of ours stand in signatures and have no place of their own: no link, no warning."""
+    module, _, name = str(node.get("reftarget", "")).rpartition(".")
+    found = getattr(sys.modules.get(module), name, None) if module.startswith("sparsetweaks") else None
+    return text if isinstance(found, TypeVar) or typing.get_origin(found) is not None else None
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("missing-reference", as_text)
     app.connect("html-page-context", without_ways_back)
     app.connect("autodoc-process-docstring", keep_plain, priority=400)
     app.connect("autodoc-process-docstring", prepare, priority=600)
