@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
+DOCS   := $(VENV)/.installed-docs
+TUTORIALS := $(patsubst %,docs/tutorials/%,$(notdir $(wildcard notebooks/*.ipynb)))
 # One thread in each of two test processes: two threads in each is many times slower on two cores.
 ONE    := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-all fuzz mutants machinery zoo lint results clean
+.PHONY: demo test test-all fuzz mutants machinery zoo lint results docs clean
 
 demo: $(READY)
 	$(BIN)/sparsetweaks demo
@@ -36,6 +38,19 @@ zoo: $(READY)
 results: $(READY)
 	$(BIN)/python experiments/report.py
 
+# The site, in docs/_build/html: notebooks that changed are run first, which takes minutes. A warning or a dead link fails.
+docs: $(DOCS) $(TUTORIALS)
+	$(ONE) $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python docs/links.py docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+docs/tutorials/%.ipynb: notebooks/%.ipynb | $(DOCS)
+	$(ONE) $(BIN)/jupyter nbconvert --log-level=WARN --to notebook --execute --output-dir=docs/tutorials $<
+
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs]"
+	touch $(DOCS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +63,4 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build docs/_build docs/tutorials/*.ipynb *.egg-info

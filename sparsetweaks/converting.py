@@ -55,14 +55,14 @@ def convert_masks(model: Model, *, to: Target, zeros: bool = False) -> Model:
         model: any module with masks, in any form or in several. It is not changed.
         to: the form that comes out.
 
-            "buffers": our own; a bool buffer `<parameter>_mask` beside the parameter, which holds the zeros.
-            An optimizer sees `<parameter>`, whose pruned weights it may move: train within `keep_masks`.
-            "torch_prune": `torch.nn.utils.prune`; an optimizer sees `<parameter>_orig`.
-            "parametrization": `torch.nn.utils.parametrize`; an optimizer sees
-            `parametrizations.<parameter>.original`, which comes after the module's own parameters. torch cannot
-            pickle such a model whole; use its `state_dict`.
-            "zeros": nothing but the zeros, e.g. to cut channels with Torch-Pruning; `find_masks(zeros=True)`
-            and `zeros=True` here read them.
+            - `"buffers"`: our own; a bool buffer `<parameter>_mask` beside the parameter, which holds the zeros.
+              An optimizer sees `<parameter>`, whose pruned weights it may move: train within `keep_masks`.
+            - `"torch_prune"`: `torch.nn.utils.prune`; an optimizer sees `<parameter>_orig`.
+            - `"parametrization"`: `torch.nn.utils.parametrize`; an optimizer sees
+              `parametrizations.<parameter>.original`, which comes after the module's own parameters. torch cannot
+              pickle such a model whole; use its `state_dict`.
+            - `"zeros"`: nothing but the zeros, e.g. to cut channels with Torch-Pruning;
+              `find_masks(model, zeros=True)` and `zeros=True` here read them.
 
             Between the first two and "zeros", `model.parameters()` keeps its order, so an optimizer's state
             fits the result. Where a form multiplies the mask in, values beneath it live on; a form that holds
@@ -71,6 +71,9 @@ def convert_masks(model: Model, *, to: Target, zeros: bool = False) -> Model:
             as one. A mask that is there always wins over the values beneath it. Refused where a zero may be one
             that is trained: the whole weight is zero (initialised so, like the last convolution of some residual
             branches, or pruned away?), or it has a gradient there.
+
+    Returns:
+        A new model with the same masks in the other form.
 
     Raises:
         ValueError: an unknown form; no masks (and `zeros` not asked for); nothing prunable to read zeros of.

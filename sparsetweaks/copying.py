@@ -48,6 +48,9 @@ def copy_model(model: Model) -> Model:
     Returns:
         A new module that shares no tensor with `model`.
 
+    Raises:
+        TypeError: what is given is no module.
+
     Example:
         >>> import torch
         >>> from torch.nn.utils import prune

@@ -122,6 +122,10 @@ def sparsity(
         layers, include, exclude: which weights count as prunable, as in `prunable_weights`. Masked ones
             always do.
 
+    Returns:
+        A `SparsityReport`: `print` it for a table, or ask its `overall` sparsity, in [0, 1], of the prunable weights,
+        and `overall_with_added`, which counts what tweaks added as kept.
+
     Raises:
         ValueError: as `prunable_weights` for a wrong selection.
 

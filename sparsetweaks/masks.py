@@ -160,6 +160,9 @@ def rewind(masked: Model, initial_state: Mapping[str, Any] | nn.Module) -> Model
         initial_state: the `state_dict`, dense or masked, of the same architecture at the step to rewind to
             (step 0 is the original initialisation), or a model that is in that state.
 
+    Returns:
+        A new model: the ticket, at the weights that training starts from.
+
     Raises:
         ValueError: the model has no masks; the state lacks a tensor, or has one that is unknown or of
             another shape.

@@ -20,6 +20,9 @@ def is_semi_structured(mask: Tensor, *, kept: int = 2, of: int = 4, dim: int = 1
         dim: along which they lie: 1, the inputs of a linear layer (outputs, inputs) and the input channels of a
             convolution (outputs, inputs, height, width); 0 for a transposed convolution.
 
+    Returns:
+        Whether every group keeps at most `kept`; a group may keep fewer.
+
     Raises:
         ValueError: a mask that is not bool or has no such dimension; a pattern that is none.
 

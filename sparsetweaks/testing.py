@@ -4,7 +4,7 @@ People write forwards that a tracer freezes, reorders or drops: in-place operati
 name, `F.dropout(x, training=self.training)`, a branch on `torch.is_grad_enabled()`, a counter, a custom
 gradient, one module under two names. Each such hazard is one small block class here. A `Spec` (plain data,
 which hypothesis can shrink and print) names the blocks of one network, `build` makes it, `observe` records
-all it does, and `snapshot` all it is:
+all it does, and `snapshot` all it is::
 
     @given(spec=specs())
     def test_a_rewrite_changes_nothing_at_its_neutral_setting(spec):

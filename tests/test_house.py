@@ -34,6 +34,7 @@ FLOORS = (
     ["recipe.layer_scales", "cost", "budgets"],
     ["verifying"],
     ["tweaks"],
+    ["analysis.shown"],
     ["analysis.evaluation", "analysis.figures", "analysis.subspace"],
     ["analysis.activations", "analysis.calibration", "analysis.collapse"],
     ["analysis.curvature", "analysis.lanczos"],

@@ -158,7 +158,8 @@ def activation_sparsity(
         for linear layers and LayerNorm, else the second); one is dead if it is exactly zero on all the data.
 
     Raises:
-        ValueError: no activation is seen; the data hold no batch or do not fit; a parameter is not finite.
+        ValueError: no activation is seen; the data hold no batch or do not fit; a parameter is not finite, or an
+            activation not a number.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -266,6 +267,10 @@ class _Counter(TorchFunctionMode):
         return result
 
     def _count(self, site: str, kind: str, output: Tensor) -> None:
+        if output.isnan().any():
+            raise ValueError(
+                f"the activations at {site!r} are not numbers: are the inputs, and the buffers on the way, finite?"
+            )
         counts = self.counts.setdefault(site, _Counts(kind))
         nonzero = output != 0
         counts.values += output.numel()

@@ -252,6 +252,11 @@ def _count_paths_with(network: nn.Module) -> None:
 
 
 def _named(inputs: Any) -> dict[str, Any]:
+    if not any(isinstance(part, Tensor) for part in pytree.tree_leaves(inputs)):
+        raise ValueError(
+            "inputs are what the model is called with: a tensor, a tuple of arguments or a mapping of them, "
+            f"got a {type(inputs).__name__} without any tensor"
+        )
     if isinstance(inputs, Mapping):
         return dict(inputs)
     parts = inputs if isinstance(inputs, (tuple, list)) else (inputs,)

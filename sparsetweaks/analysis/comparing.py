@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from sparsetweaks.analysis.activations import THRESHOLD, ActivationSparsity, activation_sparsity
 from sparsetweaks.analysis.calibration import Calibration, calibration
 from sparsetweaks.analysis.collapse import LayerPathsReport, layer_collapse
-from sparsetweaks.analysis.evaluation import Batches, Data, Loss, table_text, undisturbed
+from sparsetweaks.analysis.evaluation import Batches, Data, Loss, check_values, table_text, undisturbed
 from sparsetweaks.analysis.figures import COLORS, new_figure
 from sparsetweaks.analysis.flatness import Flatness, flatness
 from sparsetweaks.analysis.gradient_flow import GradientFlow, gradient_flow
@@ -188,6 +188,7 @@ def _look(
     threshold: float,
     options: dict[str, Any],
 ) -> Looked:
+    check_values(model)
     report = sparsity(model)
     found: dict[str, Any] = {}
     if "paths" in wanted:

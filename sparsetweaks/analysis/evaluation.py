@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from sparsetweaks.copying import check_model, copy_model
 
@@ -33,7 +34,7 @@ def working_copy(
     With `batch_norm="train"` it normalises by the batch and leaves its running statistics alone. Parameters
     and buffers in bfloat16 and float16 become float32, or all floating-point ones `dtype`.
     """
-    check_model(model)
+    check_values(model)
     if batch_norm not in ("eval", "train"):
         raise ValueError(
             f"batch_norm must be 'eval' (running statistics) or 'train' (the batch's), got {batch_norm!r}"
@@ -48,12 +49,30 @@ def working_copy(
     for tensor in (*copied.parameters(), *copied.buffers()):
         if tensor.is_floating_point() and (dtype is not None or tensor.dtype in _LOW_PRECISION):
             tensor.data = tensor.data.to(dtype or torch.float32)
-    for name, parameter in copied.named_parameters():
+    return copied
+
+
+def check_values(model: nn.Module) -> None:
+    """Refuse what is no module, and a module whose parameters have no values, or some that are not finite.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: a parameter is lazy, on the meta device, or holds NaN or infinity; it is named.
+    """
+    check_model(model)
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"the parameter {name!r} is not initialised yet: run one batch through the lazy model first"
+            )
+        if parameter.is_meta:
+            raise ValueError(
+                f"the parameter {name!r} is on the meta device and has no values: load the model first"
+            )
         if not parameter.detach().isfinite().all():
             raise ValueError(
                 f"the parameter {name!r} holds values that are not finite: nothing to analyse there"
             )
-    return copied
 
 
 @contextmanager
@@ -220,14 +239,22 @@ def run(model: nn.Module, chunk: Chunk) -> Any:
 
 def chunk_loss(model: nn.Module, chunk: Chunk, loss: Loss) -> Tensor:
     """The loss of one chunk, checked to be a scalar."""
+    if not callable(loss):
+        raise ValueError(f"the loss must be a function of (outputs, targets), got {loss!r}")
     outputs = run(model, chunk)
     try:
         value = loss(outputs, chunk.targets)
     except (RuntimeError, TypeError, IndexError) as error:
         raise ValueError(f"the loss fails on these outputs and targets: {error}") from error
     if not isinstance(value, Tensor) or value.ndim != 0 or not value.is_floating_point():
-        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"the loss must be a scalar, the mean over the examples of a batch; got {got}")
+        got = (
+            f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
+        raise ValueError(
+            f"the loss must be a scalar, the mean over the examples of a batch, in floating point; got {got}"
+        )
     return value
 
 

@@ -23,10 +23,10 @@ def new_figure(
         ImportError: matplotlib is not installed; says how to install it.
     """
     try:
-        from matplotlib.figure import Figure
+        from sparsetweaks.analysis.shown import ShownFigure
     except ImportError as error:
         raise ImportError("plotting needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=size or (SIZE[0] * columns, SIZE[1] * rows), layout="constrained")
+    figure = ShownFigure(figsize=size or (SIZE[0] * columns, SIZE[1] * rows), layout="constrained")
     return figure, figure.subplots(rows, columns)
 
 

@@ -192,7 +192,8 @@ class Density:
     """An estimate of how a Hessian's eigenvalues are spread.
 
     Attributes:
-        nodes, weights: for each probe the nodes of its quadrature and their weights, which sum to 1.
+        nodes: for each probe those of its quadrature, in units of eigenvalues.
+        weights: for each probe those of its nodes, which sum to 1.
         grid: where the density is evaluated, in units of eigenvalues.
         density: there, per unit of eigenvalue; its integral is 1.
         width: standard deviation of the Gaussian that each node is spread to, in units of eigenvalues.

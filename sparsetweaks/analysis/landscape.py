@@ -127,7 +127,8 @@ class LossPlane:
     """The loss over a plane.
 
     Attributes:
-        xs, ys: positions along the first and the second direction, in `unit`.
+        xs: positions along the first direction, in `unit`.
+        ys: positions along the second direction, in `unit`.
         losses: a row for each of `ys`, with a value for each of `xs`.
         unit: of the positions.
         names: what the two directions are.
@@ -484,6 +485,8 @@ def input_loss_plane(
         raise ValueError("batch must be one pair (inputs, targets): the plane lies around these inputs")
     if not (isinstance(batch[0], Tensor) and batch[0].is_floating_point()):
         raise ValueError("the inputs must be one floating-point tensor, as others cannot be moved a little")
+    if batch[0].ndim > 0 and len(batch[0]) == 0:
+        raise ValueError("a batch holds no example")
     if batch[0].ndim < 2 or batch[0][:1].numel() < 2:
         raise ValueError(f"a plane needs at least 2 elements per input, got shape {tuple(batch[0].shape)}")
     positions = _positions(radius, points)

@@ -119,6 +119,9 @@ def learn_layer_scales(
     end. An active `torch.autocast` is respected. The model, its buffers, modes and gradients, and PyTorch's
     RNG stay untouched.
 
+    The defaults are those of the README of the authors' follow-up (ToST, ICML 2022), `floor` and `overlap` those of
+    its code, whose other defaults differ (390 iterations, `scale_lr` 1e-3, no bound `gamma`).
+
     Args:
         model: the network, masked or dense, at the weights that training will start from. Weights that are
             zero without a mask are ordinary weights: `apply_masks` makes a mask of them.

@@ -131,6 +131,13 @@ def test_zeros_without_a_mask_are_told():
     with torch.no_grad():
         model[0].weight[0] = 0
     assert "1 prunable weights are exactly zero without a mask" in " ".join(str(summary(model)).split())
+
+
+def test_a_zero_that_came_by_chance_is_no_hint_of_a_pruner():
+    model = nn.Sequential(nn.Linear(200, 200), nn.Linear(200, 2))
+    with torch.no_grad():
+        model[0].weight[0, 0] = 0
+    assert "no masks: nothing is pruned" in str(summary(model))
     assert "no masks" in str(summary(nn.Conv2d(1, 2, 1)))
 
 
