@@ -74,8 +74,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    started = time.perf_counter()
     data = load(options.images, size=SIZE, limit=IMAGES, cache=options.out / "cache")
+    started = time.perf_counter()
     chosen = (options.seeds, options.networks, options.sparsities, options.variants)
     wanted = [
         cell for cell in cells() if all(part in among for part, among in zip(cell, chosen, strict=True))
