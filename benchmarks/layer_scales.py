@@ -281,7 +281,9 @@ def second_order(name: str, options: argparse.Namespace) -> Iterator[Row]:
         yield paired.spread(what, title, paired.ratios(times, who, "step"))
     yield paired.spread(what, "time / order 1", paired.ratios(times, "ours", "order 1"))
     distance = apart(kept["ours"], kept["double"])
-    yield Row(what, "weights apart from double backward", distance, n=1, note="float32 rounds the two differently")
+    yield Row(
+        what, "weights apart from double backward", distance, n=1, note="float32 rounds the two differently"
+    )
 
 
 def memory(name: str, options: argparse.Namespace) -> Iterator[Row]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import numpy
 from torch import nn
 
 
@@ -17,6 +18,7 @@ class _Plain(nn.Module):
 
 def modules(checkout: Path, *names: str) -> list[ModuleType]:
     """Import modules of it by name, its platform set to this machine."""
+    vars(numpy).setdefault("product", numpy.prod)  # which numpy 2 took away
     sys.path.insert(0, str(checkout))
     try:
         with mock.patch("torch.nn.parallel.DistributedDataParallel", _Plain):
