@@ -15,7 +15,6 @@ import contextlib
 import functools
 import io
 import tempfile
-import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,11 +177,11 @@ def not_compute(options: argparse.Namespace) -> Iterator[Row]:
 def timed(
     function: Callable[..., Any], spent: dict[str, float], part: str, *given: Any, **options: Any
 ) -> Any:
-    started = time.perf_counter()
+    started = paired.clock()
     try:
         return function(*given, **options)
     finally:
-        spent[part] = spent.get(part, 0.0) + time.perf_counter() - started
+        spent[part] = spent.get(part, 0.0) + paired.clock() - started
 
 
 def timed_iterator(

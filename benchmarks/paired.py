@@ -1,9 +1,9 @@
 """What the benchmarks share: pairs of timings, the shape of their rows, the machine, and one command line.
 
 Times of two things are taken one after the other in one process, in an order that turns from repeat to repeat, and
-compared repeat by repeat: what slows the machine down for a while slows both. A benchmark is a set of cases by name,
-each a function of the options that gives `Row`s. `main` runs those that are asked for and puts their rows in place of
-older ones of the same case, so a table can be made one case at a time:
+compared repeat by repeat: what slows the machine down for a while slows both. They are CPU seconds. A benchmark is a
+set of cases by name, each a function of the options that gives `Row`s. `main` runs those that are asked for and puts
+their rows in place of older ones of the same case, so a table can be made one case at a time:
 
     python benchmarks/pruning.py --only "11 M*" --repeats 9
     python benchmarks/pruning.py --resume          # only the cases of which there is no row yet
@@ -81,13 +81,20 @@ def not_given(what: str, measure: str, *, target: float | None = None) -> Row:
 # Time and memory
 
 
+def clock() -> float:
+    """CPU seconds where one thread does all the work, so that what else the machine does counts little; else wall time."""
+    if torch.cuda.is_available() or torch.get_num_threads() > 1:
+        return time.perf_counter()
+    return time.process_time()
+
+
 def seconds(run: Callable[[], object]) -> float:
-    """Wall time of one call, of which a GPU's work is a part."""
+    """Time of one call, of which a GPU's work is a part."""
     _synchronise()
-    started = time.perf_counter()
+    started = clock()
     run()
     _synchronise()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def interleaved(
