@@ -245,7 +245,7 @@ def scales_in_bf16(name: str, options: argparse.Namespace) -> Iterator[Row]:
     """How far the scales are from those of float32, after as many iterations as tell."""
     model = network(name)
     distances = []
-    for images in (64, 128):
+    for images in (32, 64):
         batches = random_batches(3 * LONG, images=images)
         exact = find_layer_scales(model, batches, iterations=LONG, gamma=math.inf).scales
         with torch.autocast("cpu", torch.bfloat16):

@@ -97,8 +97,11 @@ def against(size: str, peer: str, options: argparse.Namespace) -> Iterator[Row]:
         runs[peer] = functools.partial(methods[peer], model)
     times = paired.interleaved(runs, options.repeats, fresh=fresh)
     what = f"global magnitude pruning, {size} weights"
-    share = paired.spread("", "", paired.ratios(times, "copy", "prune")).median
-    notes = {"select": "", "prune": f"of which {share:.0%} is the copy that it returns"}
+    share = {
+        name: paired.spread("", "", paired.ratios(times, name, "prune")).median for name in ("select", "copy")
+    }
+    note = f"the selection is {share['select']:.0%} of it, and the copy that it returns {share['copy']:.0%}"
+    notes = {"select": "", "prune": note}
     for name, note in notes.items():
         found = paired.ratios(times, name, peer)
         yield paired.spread(what, f"time, {name} / {peer}", found, target=TARGETS[peer], note=note)
