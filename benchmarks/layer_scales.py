@@ -242,21 +242,28 @@ def in_bf16(name: str, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def scales_in_bf16(name: str, options: argparse.Namespace) -> Iterator[Row]:
-    """How far the scales are from those of float32, after as many iterations as tell."""
+    """How far the scales are from those of float32; and how far float32 is from itself in another memory format."""
     model = network(name)
-    distances = []
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    found: dict[str, list[float]] = {"bfloat16": [], "float32": []}
     for images in (32, 64):
         batches = random_batches(3 * LONG, images=images)
         exact = find_layer_scales(model, batches, iterations=LONG, gamma=math.inf).scales
-        with torch.autocast("cpu", torch.bfloat16):
-            rounded = find_layer_scales(
-                model.to(memory_format=torch.channels_last), batches, iterations=LONG, gamma=math.inf
-            ).scales
         moved = math.hypot(*(exact[key] - 1 for key in exact))
-        distances.append(math.hypot(*(rounded[key] - exact[key] for key in exact)) / moved)
-    what = f"layer scales, order 1 in bf16 channels last, {name}"
-    note = f"{LONG} iterations; norms over all tensors"
-    yield paired.spread(what, "scales apart / their move", distances, target=OF_THE_MOVE, note=note)
+        for precision, distances in found.items():
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                scales = find_layer_scales(last, batches, iterations=LONG, gamma=math.inf).scales
+            distances.append(math.hypot(*(scales[key] - exact[key] for key in exact)) / moved)
+    what = f"layer scales, order 1, channels last, {name}"
+    note = (
+        "the derivative of a BatchNorm's weight before another normalised convolution is 0 but for rounding, of which Adam "
+        "makes whole steps, in float32 too; and bfloat16 turns the sign of others, whose sums cancel"
+    )
+    for precision, target in (("bfloat16", OF_THE_MOVE), ("float32", None)):
+        measure = f"scales in {precision} apart / their move"
+        yield paired.spread(
+            what, measure, found[precision], target=target, note=note if target else f"{LONG} iterations"
+        )
 
 
 def second_order(name: str, options: argparse.Namespace) -> Iterator[Row]:
