@@ -8,7 +8,7 @@ TUTORIALS := $(patsubst %,docs/tutorials/%,$(notdir $(wildcard notebooks/*.ipynb
 # One thread in each of two test processes: two threads in each is many times slower on two cores.
 ONE    := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-all fuzz mutants machinery zoo lint results docs clean
+.PHONY: demo test test-all fuzz mutants machinery bench zoo lint results docs clean
 
 demo: $(READY)
 	$(BIN)/sparsetweaks demo
@@ -29,6 +29,11 @@ mutants: $(READY)
 
 machinery: $(READY)
 	$(ONE) $(BIN)/python -m pytest -q tests/machinery --machinery-table benchmarks/results/machinery.csv
+
+# Every speed against its peer; peers that no index has by path, e.g. `make bench BENCH="--resume --open-lth PATH"`.
+bench: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pyhessian
+	$(ONE) $(BIN)/python benchmarks/bench.py $(BENCH)
 
 # The sweep over other people's models, e.g. `make zoo ZOO="--family timm --filter 'resnet*'"`; it resumes.
 zoo: $(READY)

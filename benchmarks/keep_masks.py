@@ -1,163 +1,179 @@
-"""What `keep_masks` costs per training step, on a CIFAR ResNet-18 and on a thin ResNet-20.
+"""What holding pruned weights at zero costs per training step: `keep_masks` against others' upkeep.
 
-    python benchmarks/keep_masks.py --steps 5 --repeats 7
+    python benchmarks/keep_masks.py --open-lth PATH    # PATH is a checkout of github.com/facebookresearch/open_lth
 
-Each repeat trains two copies of one pruned model for a number of steps, one with `keep_masks` and one
-without, in an order that alternates, and compares the two. Printed are the medians per step, the median of the
-repeats' ratios and their quartiles. The line "holding alone" times the work of `keep_masks` by itself, which
-the noise of two long times does not drown.
+A step takes a thousand times as long as its upkeep, so the difference of two steps tells nothing about it. Timed is
+the upkeep by itself, called as training calls it, on the same weights at 95 % sparsity:
+
+- `keep_masks`: its hooks on each gradient, and after the step on each weight and its momentum; and of these the
+  weights alone, which is all that open_lth holds;
+- open_lth: its `PrunedModel` multiplies each weight by its mask before each forward (its gradients, and the momentum,
+  stay dense);
+- `nn.utils.prune`: multiplies each weight by its mask into a new tensor before each forward, and its gradient in the
+  backward pass;
+- ToST, written out: works the mask out from the weights that are not zero, and multiplies each gradient by it.
+
+Shares are of a plain training step of the same network, batch 128 at 32x32, float32, channels last.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import open_lth
+import paired
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from paired import Row
+from torch import nn
+from torch.nn.utils import prune as torch_prune
 
 from sparsetweaks.copying import copy_model
-from sparsetweaks.keeping import keep_masks
+from sparsetweaks.forms import masked_parameters
+from sparsetweaks.keeping import _Held, keep_masks
+from sparsetweaks.lottery.config import Network
+from sparsetweaks.lottery.models import build
+from sparsetweaks.masks import find_masks
 from sparsetweaks.pruning import prune
 
 SPARSITY = 0.95
+BATCH = 128
+CALLS = 20  # of an upkeep in a row
+NETWORKS = {"ResNet-20": Network("resnet20"), "ResNet-18": Network("resnet18")}
+OPEN_LTH = {"ResNet-20": "cifar_resnet_20_16"}  # the same network there
+OF_OPEN_LTH, OF_A_STEP = 0.25, 0.003
+THREE_TENSORS = "holds gradients and momentum too: three tensors, of which one is 0.2 of open_lth's"
 
 
-class Block(nn.Module):
-    """The basic residual block (He et al., 2016)."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels)
-        self.shortcut = (
-            nn.Identity()
-            if stride == 1 and channels_in == channels
-            else nn.Sequential(
-                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
-
-
-def resnet(widths: list[int], blocks: int) -> nn.Sequential:
-    """A residual network for 32x32 images: `blocks` blocks of each width."""
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, widths[0], 3, 1, 1, bias=False),
-        nn.BatchNorm2d(widths[0]),
-        nn.ReLU(),
-    ]
-    channels = widths[0]
-    for width in widths:
-        for block in range(blocks):
-            layers.append(Block(channels, width, 2 if block == 0 and width != widths[0] else 1))
-            channels = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "resnet18": lambda: resnet([64, 128, 256, 512], 2),
-    "resnet20": lambda: resnet([16, 32, 64], 3),
-}
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_per_step(step: Callable[[], object], steps: int, device: torch.device) -> float:
-    """Wall time of one of `steps` calls."""
-    synchronise(device)
-    started = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronise(device)
-    return (time.perf_counter() - started) / steps
-
-
-def trainer(
-    model: nn.Module, batch: tuple[Tensor, Tensor]
-) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+def trainer(model: nn.Module) -> tuple[Callable[[], None], torch.optim.Optimizer]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=2e-4)
+    images = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (BATCH,))
 
     def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        F.cross_entropy(model(images), labels).backward()
         optimizer.step()
 
     return step, optimizer
 
 
-def measure(name: str, *, steps: int, repeats: int, batch_size: int, device: torch.device) -> None:
+def ours(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Within `keep_masks`: the hooks themselves."""
+    masked = [(p, list(p._backward_hooks.values())) for p in model.parameters() if p._backward_hooks]
+    after = list(optimizer._optimizer_step_post_hooks.values())
+
+    def upkeep() -> None:
+        for parameter, hooks in masked:
+            for hook in hooks:
+                hook(parameter.grad)
+        for hook in after:
+            hook(optimizer, (), {})
+
+    return upkeep
+
+
+def ours_on_weights(model: nn.Module) -> Callable[[], None]:
+    """The part of it that open_lth does as well."""
+    held = [_Held(place) for place in masked_parameters(model).values()]
+
+    @torch.no_grad()
+    def upkeep() -> None:
+        for each in held:
+            each.zero_weight_(each.bits())
+
+    return upkeep
+
+
+def of_open_lth(name: str, checkout: Path) -> Callable[[], None]:
+    """`PrunedModel._apply_mask` of its own network, at the same sparsity."""
+    hparams, registry, masks, pruned = open_lth.modules(
+        checkout, "foundations.hparams", "models.registry", "pruning.mask", "pruning.pruned_model"
+    )
+    model = registry.get(hparams.ModelHparams(OPEN_LTH[name], "kaiming_normal", "uniform"))
+    mask = masks.Mask.ones_like(model)
+    for key, each in mask.items():
+        mask[key] = (torch.rand_like(each) > SPARSITY).float()
+    return pruned.PrunedModel(model.to(memory_format=torch.channels_last), mask)._apply_mask
+
+
+def of_torch(model: nn.Module) -> Callable[[], None]:
+    """The hooks before each forward, and the way of the gradient through the product."""
+    masks = find_masks(model)
+    model = copy_model(model)
+    layers = [model.get_submodule(name.rpartition(".")[0]) for name in masks]
+    for layer, mask in zip(layers, masks.values(), strict=True):
+        del layer._buffers["weight_mask"]
+        torch_prune.custom_from_mask(layer, "weight", mask)
+    gradients = [torch.randn_like(layer.weight) for layer in layers]
+
+    def upkeep() -> None:
+        for layer in layers:
+            layer.weight_orig.grad = None
+            for hook in layer._forward_pre_hooks.values():
+                hook(layer, ())
+        torch.autograd.backward([layer.weight for layer in layers], gradients)
+
+    return upkeep
+
+
+def of_tost(model: nn.Module) -> Callable[[], None]:
+    weights = [model.get_parameter(name) for name in find_masks(model)]
+
+    @torch.no_grad()
+    def upkeep() -> None:
+        for weight in weights:
+            weight.grad.mul_(weight.abs().gt(0).float())
+
+    return upkeep
+
+
+def measure(name: str, options: argparse.Namespace) -> Iterator[Row]:
     torch.manual_seed(0)
-    model = prune(MODELS[name]().to(device, memory_format=torch.channels_last), SPARSITY)
-    images = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    batch = images, torch.randint(10, (batch_size,), device=device)
-    bare_step, _ = trainer(copy_model(model), batch)
-    held_model = copy_model(model)
-    held_step, optimizer = trainer(held_model, batch)
-
-    def bare() -> float:
-        return seconds_per_step(bare_step, steps, device)
-
-    def held() -> float:
-        with keep_masks(held_model, optimizer):
-            return seconds_per_step(held_step, steps, device)
-
-    bare(), held()  # warm up
-    pairs = []
-    for repeat in range(repeats):
-        if repeat % 2:
-            without = bare()
-            pairs.append((without, held()))
-        else:
-            with_masks = held()
-            pairs.append((bare(), with_masks))
-    ratios = sorted(with_masks / without for without, with_masks in pairs)
-    low, _, high = statistics.quantiles(ratios, n=4) if repeats > 1 else (ratios[0],) * 3
-    without, with_masks = (statistics.median(times) for times in zip(*pairs, strict=True))
-
-    with keep_masks(held_model, optimizer):  # the hooks themselves, called as training calls them
-        masked = [p for p in held_model.parameters() if p._backward_hooks]
-
-        def hooks() -> None:
-            for parameter in masked:
-                for hook in parameter._backward_hooks.values():
-                    hook(parameter.grad)
-            for after in optimizer._optimizer_step_post_hooks.values():
-                after(optimizer, (), {})
-
-        hooks()
-        alone = statistics.median(seconds_per_step(hooks, steps, device) for _ in range(repeats))
-    where = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{name}, batch {batch_size}, {SPARSITY:.0%} sparse, {where}, {repeats} pairs of {steps} steps")
-    print(f"  a step: {1e3 * without:.2f} ms without keep_masks, {1e3 * with_masks:.2f} ms with it")
-    print(f"  ratio: {statistics.median(ratios):.4f}, quartiles {low:.4f} to {high:.4f}")
-    print(f"  holding alone: {1e3 * alone:.3f} ms, {alone / without:.2%} of a step")
+    dense = build(NETWORKS[name], channels=3, classes=10, seed=0).to(memory_format=torch.channels_last)
+    model = prune(dense, SPARSITY)
+    step, optimizer = trainer(model)
+    with keep_masks(model, optimizer):
+        step()
+        upkeeps = {
+            "keep_masks": ours(model, optimizer),
+            "weights alone": ours_on_weights(model),
+            "nn.utils.prune": of_torch(model),
+            "ToST": of_tost(model),
+        }
+        if options.open_lth and name in OPEN_LTH:
+            upkeeps["open_lth"] = of_open_lth(name, options.open_lth)
+        runs = {who: functools.partial(repeated, upkeep) for who, upkeep in upkeeps.items()}
+        times = paired.interleaved(runs, options.repeats)
+    steps = paired.interleaved({"step": step}, min(options.repeats, 3))["step"]
+    plain = paired.spread("", "", steps).median
+    assert plain is not None
+    what = f"keeping masks, {name}"
+    for who, taken in times.items():
+        shares = [each / CALLS / plain for each in taken]
+        target = OF_A_STEP if who == "keep_masks" else None
+        note = f"{1e6 * min(taken) / CALLS:.0f} us at best, of a step of {1e3 * plain:.0f} ms"
+        yield paired.spread(what, f"share of a step, {who}", shares, target=target, note=note)
+    for peer in ("nn.utils.prune", "ToST"):
+        yield paired.spread(what, f"time, keep_masks / {peer}", paired.ratios(times, "keep_masks", peer))
+    for who, note in (("keep_masks", THREE_TENSORS), ("weights alone", "what open_lth holds")):
+        if "open_lth" in times:
+            found = paired.ratios(times, who, "open_lth")
+            yield paired.spread(what, f"time, {who} / open_lth", found, target=OF_OPEN_LTH, note=note)
+        elif name in OPEN_LTH:
+            yield paired.not_given(what, f"time, {who} / open_lth", target=OF_OPEN_LTH)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="What keep_masks costs per training step.")
-    parser.add_argument("--steps", type=int, default=5, help="training steps per timing (default: 5)")
-    parser.add_argument("--repeats", type=int, default=7, help="pairs of timings (default: 7)")
-    parser.add_argument("--batch-size", type=int, default=128, help="images per step (default: 128)")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    given = parser.parse_args()
-    for name in given.models:
-        measure(
-            name, steps=given.steps, repeats=given.repeats, batch_size=given.batch_size, device=given.device
-        )
+def repeated(upkeep: Callable[[], None]) -> None:
+    for _ in range(CALLS):
+        upkeep()
 
+
+CASES = {name: functools.partial(measure, name) for name in NETWORKS}
 
 if __name__ == "__main__":
-    main()
+    peers = {"open-lth": "github.com/facebookresearch/open_lth"}
+    paired.main(__doc__, "keep_masks", CASES, repeats=15, peers=peers)

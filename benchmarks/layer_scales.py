@@ -1,67 +1,101 @@
-"""Time and extra memory of learning layer scales: ours against GradInit as published, on CIFAR's ResNet-18.
+"""Learning layer scales: ours against GradInit as published, in plain training steps, time, memory and result.
 
-    python benchmarks/layer_scales.py                              # against the algorithm written out plainly
-    python benchmarks/layer_scales.py --reference PATH             # and the published code, a checkout of
-                                                                   # github.com/zhuchen03/gradinit
+    python benchmarks/layer_scales.py --gradinit PATH      # PATH is a checkout of github.com/zhuchen03/gradinit
 
-All variants see the same weights and batches, and whether they arrive at the same weights is checked. Times are
-interleaved, one run of each variant after the other, and given per iteration as median and range. Extra memory is
-the peak above what was held before the call, each in a process of its own (on the CPU: resident memory, on Linux).
+An iteration of each, all from the same weights and batches; a plain step is forward, backward and SGD on as many images.
+Without the checkout the algorithm of the published code, written out here, stands in its place. Times are interleaved.
+Extra memory is the peak above what was held before the call, each in a process of its own (resident memory, on Linux).
+
+Order 2 is compared with double backward through the step, written out, and there is a row on what central differences in
+its place would come to.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib
 import math
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir
 from pathlib import Path
 
+import paired
 import torch
+from paired import Row
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torchvision.models import resnet18
 
-from sparsetweaks.recipe.layer_scales import BETAS, EPSILON, FLOOR, SCALE_LR, STEP_SIZE, learn_layer_scales
+from sparsetweaks.lottery.config import Network
+from sparsetweaks.lottery.models import build
+from sparsetweaks.recipe import layer_scales
+from sparsetweaks.recipe.layer_scales import (
+    BETAS,
+    EPSILON,
+    FLOOR,
+    SCALE_LR,
+    STEP_SIZE,
+    find_layer_scales,
+    learn_layer_scales,
+)
 
 Batches = list[tuple[Tensor, Tensor]]
-MIB = 2**20
+NETWORKS = {"ResNet-18": Network("resnet18"), "ResNet-20": Network("resnet20")}
+IMAGES = 64  # of the step, and of the objective
+ITERATIONS = {"ResNet-18": 2, "ResNet-20": 5}
+LONG = 20  # iterations, where results are compared
+OF_A_STEP, OF_THE_TIME, OF_THE_MEMORY = 2.1, 0.80, 0.6
+IN_BF16, OF_THE_MOVE = 0.4, 1e-2
+SECOND_ORDER, EXACT_ENOUGH = 1.0, 0.1
+DISTANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of central differences, relative to the weights' norm
 
 
-def cifar_resnet18() -> nn.Module:
-    model = resnet18(num_classes=10)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    return model
+def network(name: str) -> nn.Module:
+    return build(NETWORKS[name], channels=3, classes=10, seed=0)
 
 
-def random_batches(count: int, size: int, device: str) -> Batches:
+def random_batches(count: int, *, images: int = IMAGES) -> Batches:
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(count, size, 3, 32, 32, generator=generator).to(device)
-    labels = torch.randint(10, (count, size), generator=generator).to(device)
-    return list(zip(images, labels, strict=True))
+    inputs = torch.randn(count, images // 2, 3, 32, 32, generator=generator)
+    labels = torch.randint(10, (count, images // 2), generator=generator)
+    return list(zip(inputs, labels, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------
-# The variants: each takes a model and batches, and returns the scaled model.
+# What is compared: each takes a model and batches, and returns the scaled model
 
 
-def ours(order: int, model: nn.Module, batches: Batches, options: argparse.Namespace) -> nn.Module:
+def ours(model: nn.Module, batches: Batches, options: argparse.Namespace, order: int = 1) -> nn.Module:
     return learn_layer_scales(model, batches, order=order, iterations=options.iterations, gamma=options.gamma)
 
 
-def plain(model: nn.Module, batches: Batches, options: argparse.Namespace) -> nn.Module:
+def ours_in_bf16(model: nn.Module, batches: Batches, options: argparse.Namespace) -> nn.Module:
+    with torch.autocast("cpu", torch.bfloat16):
+        return ours(model, batches, options)
+
+
+def steps(model: nn.Module, batches: Batches, options: argparse.Namespace) -> nn.Module:
+    """As many plain training steps as there are iterations, on as many images each."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for number in range(options.iterations):
+        pair = batches[2 * number], batches[2 * number + 1]
+        images, labels = (torch.cat(parts) for parts in zip(*pair, strict=True))
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return model
+
+
+def plain(
+    model: nn.Module, batches: Batches, options: argparse.Namespace, *, detach: bool = True
+) -> nn.Module:
     """The published algorithm written out: a detached step, and yet a second-order graph every time."""
     net = copy.deepcopy(model).eval()
     for module in net.modules():
@@ -83,7 +117,8 @@ def plain(model: nn.Module, batches: Batches, options: argparse.Namespace) -> nn
             norm.backward()
         else:
             steps = [STEP_SIZE * (part / norm) for part in gradient]
-            ahead = {n: p - step.detach() for (n, p), step in zip(tensors.items(), steps, strict=True)}
+            taken = [step.detach() if detach else step for step in steps]
+            ahead = {n: p - step for (n, p), step in zip(tensors.items(), taken, strict=True)}
             images, labels = (torch.cat(parts) for parts in zip(first, third, strict=True))
             (F.cross_entropy(functional_call(net, ahead, (images,)), labels) / STEP_SIZE).backward()
         for name, tensor in tensors.items():
@@ -109,7 +144,7 @@ def move(tensor: nn.Parameter, state: list[float], bounding: bool, floor: float)
 
 def published(model: nn.Module, batches: Batches, options: argparse.Namespace) -> nn.Module:
     """The published code itself, from its checkout; only its moving of batches to a GPU is replaced."""
-    gradinit_utils = load_published(options.reference)
+    gradinit_utils = load_published(str(options.gradinit))
     net = copy.deepcopy(model)
     arguments = types.SimpleNamespace(
         gradinit_resume="", gradinit_min_scale=FLOOR, gradinit_lr=SCALE_LR, gradinit_grad_clip=1,
@@ -143,134 +178,216 @@ def load_published(reference: str) -> types.ModuleType:
     return module
 
 
-def variants(
-    options: argparse.Namespace,
-) -> dict[str, Callable[[nn.Module, Batches, argparse.Namespace], nn.Module]]:
-    found = {
-        "ours, order 1": lambda *given: ours(1, *given),
-        "plain": plain,
-        "ours, order 2": lambda *given: ours(2, *given),
-    }
-    return found | ({"published": published} if options.reference else {})
+def double_backward(model: nn.Module, batches: Batches, options: argparse.Namespace) -> nn.Module:
+    """The objective as the papers write it, in the shortest way: through the step, by autograd."""
+    return plain(model, batches, options, detach=False)
 
 
 # ----------------------------------------------------------------------------------------------------
 # Measuring
 
 
-def set_up(options: argparse.Namespace) -> tuple[nn.Module, Batches]:
+def setting(name: str, options: argparse.Namespace) -> tuple[nn.Module, Batches]:
     torch.manual_seed(0)
-    torch.set_num_threads(options.threads)
-    model = cifar_resnet18().to(options.device)
-    return model, random_batches(3 * options.iterations, options.batch_size // 2, options.device)
+    options.iterations, options.gamma = ITERATIONS[name], math.inf  # every iteration looks ahead
+    return network(name), random_batches(3 * options.iterations)
 
 
-def seconds(run: Callable[[], nn.Module], device: str) -> tuple[float, nn.Module]:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
-
-
-def extra_memory(name: str, options: argparse.Namespace) -> float:
-    """Peak memory above what was held before, in MiB; in this process, so call it once."""
-    model, batches = set_up(options)
-    if options.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        variants(options)[name](model, batches, options)
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    variants(options)[name](model, batches, options)
-    return (resident("VmHWM") - before) / MIB
-
-
-def resident(field: str) -> int:
-    """A field of this process's memory, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def measure_memory(name: str, options: argparse.Namespace) -> float:
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def main() -> None:
-    options = parsed()
-    if options.memory_of:
-        print(extra_memory(options.memory_of, options))
-        return
-    model, batches = set_up(options)
-    runs = variants(options)
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    results: dict[str, nn.Module] = {}
-    for repeat in range(options.repeats + 1):
-        for name, run in runs.items():
-            took, results[name] = seconds(lambda run=run: run(model, batches, options), options.device)
-            if repeat > 0:  # the first is a warm-up
-                taken[name].append(took / options.iterations)
-    report(
-        runs,
-        taken,
-        {name: [measure_memory(name, options) for _ in range(options.repeats)] for name in runs},
-        options,
+def first_order(name: str, options: argparse.Namespace) -> Iterator[Row]:
+    model, batches = setting(name, options)
+    peer, reference = ("reference", published) if options.gradinit else ("reference, written out", plain)
+    kept: dict[str, nn.Module] = {}
+    runs = {
+        who: functools.partial(keeping, kept, who, run, model, batches, options)
+        for who, run in {"ours": ours, "step": steps, "reference": reference}.items()
+    }
+    times = paired.interleaved(runs, options.repeats)
+    what = f"layer scales, order 1, {name}"
+    yield paired.spread(what, "time / a plain step", paired.ratios(times, "ours", "step"), target=OF_A_STEP)
+    yield paired.spread(what, f"time, {peer} / a plain step", paired.ratios(times, "reference", "step"))
+    found = paired.ratios(times, "ours", "reference")
+    yield paired.spread(what, f"time / {peer}", found, target=OF_THE_TIME if name == "ResNet-18" else None)
+    yield Row(
+        what, f"weights apart from {peer}, float32", apart(kept["ours"], kept["reference"]), n=1, target=0.0
     )
-    compare(results)
 
 
-def report(runs, taken, memory, options) -> None:
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
-    print(
-        f"ResNet-18 for CIFAR, {options.batch_size} images a pass, {options.iterations} iterations,", end=" "
+def keeping(kept: dict[str, nn.Module], who: str, run: Callable[..., nn.Module], *given: object) -> None:
+    kept[who] = run(*given)
+
+
+def apart(ours: nn.Module, other: nn.Module) -> float:
+    """The largest difference of a weight, relative to the largest of its tensor; 0 only if all bits are equal."""
+    expected = dict(other.named_parameters())
+    return max(
+        ((p - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-30)).item()
+        for name, p in ours.named_parameters()
     )
-    print(f"gamma {options.gamma}, {options.repeats} repeats")
-    print(f"{where}, {options.threads} threads, torch {torch.__version__}")
-    row("", ["s/iteration", "range", "of plain", "extra MiB", "range", "of plain"])
-    for name in runs:
-        columns = []
-        for values, digits in ((taken, 3), (memory, 0)):
-            middle = statistics.median(values[name])
-            spread = f"{min(values[name]):.{digits}f}-{max(values[name]):.{digits}f}"
-            columns += [f"{middle:.{digits}f}", spread, f"{middle / statistics.median(values['plain']):.2f}"]
-        row(name, columns)
 
 
-def row(name: str, columns: list[str]) -> None:
-    print(f"{name:16}" + "".join(f"{column:>14}" for column in columns))
+def in_bf16(name: str, options: argparse.Namespace) -> Iterator[Row]:
+    model, batches = setting(name, options)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    laid_out = [(images.contiguous(memory_format=torch.channels_last), labels) for images, labels in batches]
+    peer, reference = ("reference", published) if options.gradinit else ("reference, written out", plain)
+    runs = {
+        "ours": functools.partial(ours_in_bf16, last, laid_out, options),
+        "reference": functools.partial(reference, model, batches, options),
+    }
+    times = paired.interleaved(runs, options.repeats)
+    what = f"layer scales, order 1 in bf16 channels last, {name}"
+    yield paired.spread(
+        what, f"time / {peer} in float32", paired.ratios(times, "ours", "reference"), target=IN_BF16
+    )
 
 
-def compare(results: dict[str, nn.Module]) -> None:
-    """How far each variant's weights are from the first order's, relative to the largest of the tensor."""
-    expected = dict(results["ours, order 1"].named_parameters())
-    for name in [name for name in results if name != "ours, order 1"]:
-        apart = max(
-            ((p - expected[n]).abs().max() / expected[n].abs().max().clamp_min(1e-30)).item()
-            for n, p in results[name].named_parameters()
+def scales_in_bf16(name: str, options: argparse.Namespace) -> Iterator[Row]:
+    """How far the scales are from those of float32; and how far float32 is from itself in another memory format."""
+    model = network(name)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    found: dict[str, list[float]] = {"bfloat16": [], "float32": []}
+    for images in (32, 64):
+        batches = random_batches(3 * LONG, images=images)
+        exact = find_layer_scales(model, batches, iterations=LONG, gamma=math.inf).scales
+        moved = math.hypot(*(exact[key] - 1 for key in exact))
+        for precision, distances in found.items():
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                scales = find_layer_scales(last, batches, iterations=LONG, gamma=math.inf).scales
+            distances.append(math.hypot(*(scales[key] - exact[key] for key in exact)) / moved)
+    what = f"layer scales, order 1, channels last, {name}"
+    note = (
+        "the derivative of a BatchNorm's weight before another normalised convolution is 0 but for rounding, of which Adam "
+        "makes whole steps, in float32 too; and bfloat16 turns the sign of others, whose sums cancel"
+    )
+    for precision, target in (("bfloat16", OF_THE_MOVE), ("float32", None)):
+        measure = f"scales in {precision} apart / their move"
+        yield paired.spread(
+            what, measure, found[precision], target=target, note=note if target else f"{LONG} iterations"
         )
-        print(f"{name!r} and 'ours, order 1': {f'{apart:.1e} apart' if apart else 'bit-equal'}")
 
 
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def second_order(name: str, options: argparse.Namespace) -> Iterator[Row]:
+    model, batches = setting(name, options)
+    kept: dict[str, nn.Module] = {}
+    variants = {
+        "ours": functools.partial(ours, order=2),
+        "order 1": ours,
+        "step": steps,
+        "double": double_backward,
+    }
+    runs = {
+        who: functools.partial(keeping, kept, who, run, model, batches, options)
+        for who, run in variants.items()
+    }
+    times = paired.interleaved(runs, options.repeats)
+    what = f"layer scales, order 2, {name}"
+    yield paired.spread(
+        what, "time / double backward", paired.ratios(times, "ours", "double"), target=SECOND_ORDER
     )
-    parser.add_argument("--reference", help="path of a checkout of the published code")
-    parser.add_argument("--iterations", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=64, help="images of the step, and of the objective")
-    parser.add_argument(
-        "--gamma", type=float, default=math.inf, help="the default measures unbounded iterations"
+    for who, title in (("ours", "time / a plain step"), ("double", "time, double backward / a plain step")):
+        yield paired.spread(what, title, paired.ratios(times, who, "step"))
+    yield paired.spread(what, "time / order 1", paired.ratios(times, "ours", "order 1"))
+    distance = apart(kept["ours"], kept["double"])
+    yield Row(
+        what, "weights apart from double backward", distance, n=1, note="float32 rounds the two differently"
     )
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    return parser.parse_args()
 
+
+def memory(name: str, options: argparse.Namespace) -> Iterator[Row]:
+    what = f"layer scales, {name}"
+    peer, reference = ("reference", "published") if options.gradinit else ("reference, written out", "plain")
+    for order, against, title, target in (
+        ("order 1", reference, peer, OF_THE_MEMORY),
+        ("order 2", "double backward", "double backward", OF_THE_MEMORY),
+    ):
+        found = [
+            [paired.in_new_process(f"{who}:{name}") / paired.MIB for who in (order, against)]
+            for _ in range(min(options.repeats, 3))
+        ]
+        ratios = [mine / theirs for mine, theirs in found]
+        note = f"{found[0][0]:.0f} of {found[0][1]:.0f} MiB"
+        yield paired.spread(what, f"extra memory, {order} / {title}", ratios, target=target, note=note)
+
+
+def extra_bytes(options: argparse.Namespace) -> float:
+    who, _, name = options.task.partition(":")
+    model, batches = setting(name, options)
+    runs: Mapping[str, Callable[..., nn.Module]] = {
+        "order 1": ours,
+        "order 2": functools.partial(ours, order=2),
+        "published": published,
+        "plain": plain,
+        "double backward": double_backward,
+    }
+    return paired.extra_bytes(lambda: runs[who](model, batches, options))
+
+
+def differences(name: str, options: argparse.Namespace) -> Iterator[Row]:
+    """What central differences of the gradient would make of order 2's last pass, on a masked network."""
+    model, batches = setting(name, options)
+    search = layer_scales._Search(
+        model,
+        layer_scales._Settings(2, 1, SCALE_LR, STEP_SIZE, math.inf, FLOOR, 1.0, "sgd", True, 0.5, None),
+    )
+    drawn = layer_scales._Batches(batches, 0.5, None, False)
+    pair = drawn.for_step()
+    _, gradient = search._gradient(pair, graph=True)
+    step = search._step(gradient)
+    _, slopes = search._look_ahead([part.detach() for part in step], drawn.for_objective())
+    exact = [s - e for s, e in zip(slopes, search._through_the_step(step, slopes), strict=True)]
+    gradient = [part.detach() for part in gradient]
+    norm = search._norm(gradient)
+    along = sum((s * g).sum() for s, g in zip(slopes, gradient, strict=True)) / norm
+    direction = [STEP_SIZE * (s - g / norm * along) / norm for s, g in zip(slopes, gradient, strict=True)]
+    weights = [p.detach().clone() for p in search.parameters]
+    reach = norm_of(weights) / norm_of(direction)
+    errors = []
+    for distance in DISTANCES:
+        ahead, behind = (
+            moved_gradient(search, pair, weights, direction, sign * distance * reach) for sign in (1, -1)
+        )
+        found = [(a - b) / (2 * distance * reach) for a, b in zip(ahead, behind, strict=True)]
+        derivatives = [
+            [(w * part).sum().item() for w, part in zip(weights, parts, strict=True)]
+            for parts in (found, exact)
+        ]
+        wrong = math.hypot(*(a - b for a, b in zip(*derivatives, strict=True)))
+        errors.append(wrong / math.hypot(*derivatives[1]))
+    note = (
+        f"the best of {len(DISTANCES)} distances, of the scales' derivatives through the step: ReLU's kinks are crossed "
+        "by long steps and float32 drowns short ones, so there is no such variant"
+    )
+    yield Row(
+        f"layer scales, order 2, {name}", "error of central differences", min(errors), min(errors), max(errors),
+        len(errors), EXACT_ENOUGH, note,
+    )  # fmt: skip
+
+
+def moved_gradient(search, pair, weights, direction, distance) -> list[Tensor]:
+    with torch.no_grad():
+        for parameter, start, part in zip(search.parameters, weights, direction, strict=True):
+            parameter.copy_(start + distance * part)
+    _, gradient = search._gradient(pair, graph=False)
+    with torch.no_grad():
+        for parameter, start in zip(search.parameters, weights, strict=True):
+            parameter.copy_(start)
+    return gradient
+
+
+def norm_of(parts: list[Tensor]) -> float:
+    return math.sqrt(sum(part.square().sum().item() for part in parts))
+
+
+CASES = {
+    **{f"order 1, {name}": functools.partial(first_order, name) for name in NETWORKS},
+    "bf16, ResNet-18": functools.partial(in_bf16, "ResNet-18"),
+    "bf16 scales, ResNet-20": functools.partial(scales_in_bf16, "ResNet-20"),
+    "order 2, ResNet-20": functools.partial(second_order, "ResNet-20"),
+    "order 2, ResNet-18": functools.partial(second_order, "ResNet-18"),
+    "differences, ResNet-20": functools.partial(differences, "ResNet-20"),
+    **{f"memory, {name}": functools.partial(memory, name) for name in NETWORKS},
+}
 
 if __name__ == "__main__":
-    main()
+    peers = {"gradinit": "github.com/zhuchen03/gradinit"}
+    paired.main(__doc__, "layer_scales", CASES, repeats=3, peers=peers, tasks=extra_bytes)

@@ -1,9 +1,8 @@
 """Global magnitude pruning against `torch.nn.utils.prune.global_unstructured` and `torch.kthvalue`: time and memory.
 
-    python benchmarks/pruning.py --repeats 5
+    python benchmarks/pruning.py
 
-The weights are those of a ResNet-18's convolutions, once (11 million) and nine times (100 million). Each repeat times
-all of them in this process, in an order that turns, and compares pairs of one repeat:
+The weights are those of a ResNet-18's convolutions, once (11 million) and nine times (100 million). Compared are:
 
 - `select`: from weights to masks, what `prune` does beside copying the model;
 - `prune`: the whole of it, which returns a new model and leaves the given one;
@@ -12,37 +11,30 @@ all of them in this process, in an order that turns, and compares pairs of one r
   prunes too many where values are equal.
 
 Memory is what the resident peak of a process of its own rises by, in units of the weights' bytes. The new model that
-`prune` returns is in its figure. Written to benchmarks/results/pruning.csv.
+`prune` returns is in its figure.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+import functools
+from collections.abc import Iterator
 
+import paired
 import torch
+from paired import Row
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
+from sparsetweaks.copying import copy_model
 from sparsetweaks.pruning import prune
 from sparsetweaks.selection import keep_highest_globally
 
 SPARSITY = 0.95
-RESULTS = Path(__file__).resolve().parent / "results" / "pruning.csv"
 STAGES = ((64, 64), (64, 128), (128, 256), (256, 512))
-PAIRS = [
-    ("select", "kthvalue"),
-    ("select", "global_unstructured"),
-    ("prune", "kthvalue"),
-    ("prune", "global_unstructured"),
-]
+SIZES = {"11 M": 1, "100 M": 9}  # copies of a ResNet-18's convolutions
+TARGETS = {"global_unstructured": 0.02, "kthvalue": 0.15}
+MEMORY_TARGET = 1.5
 
 
 def convolutions(copies: int) -> nn.Sequential:
@@ -85,111 +77,63 @@ def kthvalue(model: nn.Module) -> None:
     _ = {name: weight.abs() > threshold for name, weight in weights.items()}
 
 
-METHODS: dict[str, Callable[[nn.Module], None]] = {
+METHODS = {
     "select": select,
     "prune": whole,
+    "copy": copy_model,
     "global_unstructured": global_unstructured,
     "kthvalue": kthvalue,
 }
 
 
-def seconds(method: str, copies: int, model: nn.Module) -> float:
-    """Wall time of one call; what changes the model gets a new one."""
-    given = convolutions(copies) if method == "global_unstructured" else model
-    started = time.perf_counter()
-    METHODS[method](given)
-    return time.perf_counter() - started
+def against(size: str, peer: str, options: argparse.Namespace) -> Iterator[Row]:
+    model = convolutions(SIZES[size])
+    methods = {name: METHODS[name] for name in ("select", "prune", "copy", peer)}
+    runs = {name: functools.partial(method, model) for name, method in methods.items() if name != peer}
+    fresh = {}
+    if peer == "global_unstructured":
+        runs[peer], fresh[peer] = global_unstructured, functools.partial(copy_model, model)
+    else:
+        runs[peer] = functools.partial(methods[peer], model)
+    times = paired.interleaved(runs, options.repeats, fresh=fresh)
+    what = f"global magnitude pruning, {size} weights"
+    share = {
+        name: paired.spread("", "", paired.ratios(times, name, "prune")).median for name in ("select", "copy")
+    }
+    note = f"the selection is {share['select']:.0%} of it, and the copy that it returns {share['copy']:.0%}"
+    notes = {"select": "", "prune": note}
+    for name, note in notes.items():
+        found = paired.ratios(times, name, peer)
+        yield paired.spread(what, f"time, {name} / {peer}", found, target=TARGETS[peer], note=note)
 
 
-def memory_line(key: str) -> int:
-    """Bytes that Linux tells of this process: `VmRSS`, resident now, or `VmHWM`, the most since it was reset."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(key):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"this system does not tell {key}: memory is measured on Linux only")
-
-
-def extra_bytes(method: str, copies: int) -> int:
-    """What the resident peak of this process rises by; call it in a process of its own."""
-    METHODS[method](convolutions(1)[:2])  # code that is loaded at the first call
-    model = convolutions(copies)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
-    before = memory_line("VmRSS")
-    METHODS[method](model)
-    return memory_line("VmHWM") - before
-
-
-def extra_memory(method: str, copies: int) -> float:
-    """The same, measured in a new process, in units of the weights' bytes."""
-    command = [sys.executable, __file__, "--memory-of", method, "--copies", str(copies)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def memory(size: str, options: argparse.Namespace) -> Iterator[Row]:
     with torch.device("meta"):
-        weights = sum(parameter.nbytes for parameter in convolutions(copies).parameters())
-    return int(done.stdout) / weights
+        weights = sum(parameter.nbytes for parameter in convolutions(SIZES[size]).parameters())
+    for name in METHODS:
+        found = paired.in_new_process(f"{name}:{size}") / weights
+        target = MEMORY_TARGET if name == "select" else None
+        note = "the new model among it" if name == "prune" else ""
+        what = f"global magnitude pruning, {size} weights"
+        yield Row(what, f"extra memory / weights, {name}", found, n=1, target=target, note=note)
 
 
-def measure(copies: int, repeats: int) -> list[dict[str, object]]:
-    model = convolutions(copies)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{count:,} weights, {SPARSITY:.0%} sparse, {repeats} repeats")
-    times: dict[str, list[float]] = {method: [] for method in METHODS}
-    methods = list(METHODS)
-    for repeat in range(repeats + 1):
-        for method in methods[repeat % len(methods) :] + methods[: repeat % len(methods)]:
-            taken = seconds(method, copies, model)
-            if repeat:  # the first is to warm up
-                times[method].append(taken)
-    memory = {method: extra_memory(method, copies) for method in METHODS}
-    for method, taken in times.items():
-        print(
-            f"  {method:<20} {1e3 * statistics.median(taken):9.1f} ms, extra memory {memory[method]:.2f} x weights"
-        )
-    rows: list[dict[str, object]] = []
-    for ours, peer in PAIRS:
-        ratios = sorted(a / b for a, b in zip(times[ours], times[peer], strict=True))
-        print(f"  {ours} / {peer}: {statistics.median(ratios):.4f}, from {ratios[0]:.4f} to {ratios[-1]:.4f}")
-        rows.append(
-            {
-                "weights": count,
-                "sparsity": SPARSITY,
-                "ours": ours,
-                "peer": peer,
-                "ratio_median": round(statistics.median(ratios), 4),
-                "ratio_lowest": round(ratios[0], 4),
-                "ratio_highest": round(ratios[-1], 4),
-                "repeats": repeats,
-                "extra_memory_ours": round(memory[ours], 3),
-                "extra_memory_peer": round(memory[peer], 3),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "hardware": processor(),
-            }
-        )
-    return rows
+def extra_bytes(options: argparse.Namespace) -> float:
+    """What the resident peak of this process rises by."""
+    name, _, size = options.task.partition(":")
+    METHODS[name](convolutions(1)[:2])  # code that is loaded at the first call
+    model = convolutions(SIZES[size])
+    return paired.extra_bytes(lambda: METHODS[name](model))
 
 
-def processor() -> str:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Global magnitude pruning against its peers.")
-    parser.add_argument("--repeats", type=int, default=5, help="times that each is timed (default: 5)")
-    parser.add_argument("--copies", type=int, nargs="+", default=[1, 9], help="of the 11 million weights")
-    parser.add_argument("--memory-of", choices=list(METHODS), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.memory_of:
-        print(extra_bytes(given.memory_of, given.copies[0]))
-        return
-    rows = [row for copies in given.copies for row in measure(copies, given.repeats)]
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written to {RESULTS.relative_to(Path(__file__).resolve().parent.parent)}")
-
+CASES = {
+    **{
+        f"{size}, {peer}": functools.partial(against, size, peer)
+        for size in SIZES
+        for peer in ("kthvalue", "global_unstructured")
+    },
+    **{f"{size}, memory": functools.partial(memory, size) for size in SIZES},
+}
 
 if __name__ == "__main__":
-    main()
+    paired.main(__doc__, "pruning", CASES, repeats=9, tasks=extra_bytes)

@@ -6,7 +6,9 @@ python experiments/report.py --check    # fail if it is not what the results say
 
 from __future__ import annotations
 
+import csv
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from sparsetweaks.lottery.results import read_rows, summarise, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+BENCHMARKS = ROOT / "benchmarks" / "results"
 
 
 def real_images() -> str:
@@ -45,7 +48,58 @@ def real_images() -> str:
     )
 
 
-SECTIONS = {"real images": real_images}
+def ghosts() -> str:
+    """The table of `ghosts.py` for each network: what of a tweak is left when inference pays nothing for it."""
+    rows = read_rows(RESULTS / "ghosts.csv")
+    if not rows:
+        return "not run yet"
+    parts = []
+    for title, summary in summarise(rows).items():
+        parts += [f"{title}:", "", table(summary), ""]
+    first = rows[0]
+    milliseconds: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        milliseconds.setdefault((row["architecture"], row["variant"]), []).append(
+            float(row["step_milliseconds"])
+        )
+    slower = [
+        f"{variant} on {network} {statistics.median(times) / statistics.median(milliseconds[network, 'vanilla']):.2f}"
+        for (network, variant), times in milliseconds.items()
+        if variant in ("AT", "ghost AT") and (network, "vanilla") in milliseconds
+    ]
+    return "\n".join(
+        [
+            *parts,
+            f"{first['precision']}, torch {first['torch'].split('+')[0]}, {first['hardware']}. A training step, in those "
+            f"of vanilla: {', '.join(slower)}.",
+        ]
+    )
+
+
+def speed() -> str:
+    """The table of `make bench`."""
+    with (BENCHMARKS / "bench.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    number = lambda text: f"{float(text):.3g}" if text else ""
+    rows = ["| what | ratio of | median (lowest to highest) | n | at most | |", "|---|---|---|---|---|---|"]
+    for line in lines:
+        spread = f" ({number(line['lowest'])} to {number(line['highest'])})" if line["lowest"] else ""
+        cells = (
+            line["what"],
+            line["measure"],
+            number(line["median"]) + spread,
+            line["n"],
+            number(line["target"]),
+        )
+        rows.append(f"| {' | '.join(cells)} | {line['met'] or line['note']} |")
+    machines = dict.fromkeys((line["hardware"], line["threads"]) for line in lines)
+    where = " and ".join(f"{hardware}, {threads} thread" for hardware, threads in machines)
+    return "\n".join(
+        [*rows, "", f"{where}; versions, and why a target is missed, in benchmarks/results/bench.csv."]
+    )
+
+
+SECTIONS = {"real images": real_images, "ghosts": ghosts, "speed": speed}
 
 
 def report(text: str) -> str:

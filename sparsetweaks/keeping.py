@@ -75,17 +75,20 @@ def keep_masks(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
             "of this very model (every function here returns a new one), then keep_masks(model, optimizer)"
         )
 
+    by_id = {id(parameter): hold for parameter, hold in held.items()}  # hashing a tensor takes longer
+
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        _zero_pruned(optimizer, held)
+        _zero_pruned(optimizer, by_id)
 
     with ExitStack() as stack:
         for parameter, hold in held.items():
-            hold.zero_weight_()
-            if parameter.grad is not None:
-                hold.zero_(parameter.grad)
+            hold.zero_gradient_(parameter)
             stack.callback(_register_gradient_hook(parameter, hold).remove)
+        with torch.no_grad():
+            for hold in held.values():
+                hold.zero_weight_(hold.bits())
         for optimizer in dict.fromkeys(optimizers):
-            _zero_pruned(optimizer, held)
+            _zero_pruned(optimizer, by_id)
             if isinstance(optimizer, LBFGS):
                 _renew_curvature(optimizer)
             stack.callback(optimizer.register_step_post_hook(after_step).remove)
@@ -118,23 +121,15 @@ class _Held:
             self._stored, self._versions = stored, versions
         return self._bits
 
-    @torch.no_grad()
-    def zero_(self, tensor: Tensor) -> None:
-        """Zero the pruned places of a tensor shaped like the parameter."""
-        bits = self.bits()
-        tensor = _local(tensor)
-        if _fit(tensor, bits):
-            tensor.view(bits.dtype).bitwise_and_(bits)
-        else:  # optimizer state of another width, or held elsewhere
-            tensor.masked_fill_((bits == 0).to(tensor.device), 0)
-
-    def zero_weight_(self) -> None:
+    def zero_weight_(self, bits: Tensor) -> None:
+        """Zero the pruned weights, where they are the parameter's own; call it without gradients."""
         if self._plain:
-            self.zero_(self._parameter)
+            _zero(self._parameter, bits)
 
+    @torch.no_grad()
     def zero_gradient_(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self.zero_(parameter.grad)
+            _zero(parameter.grad, self.bits())
 
     def zeroed(self, gradient: Tensor) -> Tensor:
         bits = self.bits()
@@ -142,6 +137,15 @@ class _Held:
         if gradient.requires_grad or not _fit(gradient, bits):
             return gradient.masked_fill(bits == 0, 0)
         return (gradient.view(bits.dtype) & bits).view(gradient.dtype)
+
+
+def _zero(tensor: Tensor, bits: Tensor) -> None:
+    """Zero the pruned places of a tensor shaped like the parameter that these bits are of."""
+    tensor = _local(tensor)
+    if _fit(tensor, bits):
+        tensor.view(bits.dtype).bitwise_and_(bits)
+    else:  # optimizer state of another width, or held elsewhere
+        tensor.masked_fill_((bits == 0).to(tensor.device), 0)
 
 
 def _fit(tensor: Tensor, bits: Tensor) -> bool:
@@ -167,6 +171,8 @@ def _is_sharded(tensor: Tensor) -> bool:
 
 def _local(tensor: Any) -> Tensor:
     """The memory of a tensor in this process."""
+    if type(tensor) in (Tensor, nn.Parameter):  # as asking for an attribute that is not there takes longer
+        return tensor
     return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
@@ -197,24 +203,25 @@ def _parameters_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
         yield from group["params"]
 
 
-def _zero_pruned(optimizer: Optimizer, held: Mapping[nn.Parameter, _Held]) -> None:
+@torch.no_grad()
+def _zero_pruned(optimizer: Optimizer, held: Mapping[int, _Held]) -> None:
     """Zero the pruned weights that `optimizer` steps, and all the state it keeps for them."""
     for parameter in _parameters_of(optimizer):
-        hold = held.get(parameter)
+        hold = held.get(id(parameter))
         if hold is None:
             continue
-        hold.zero_weight_()
+        bits = hold.bits()
+        hold.zero_weight_(bits)
         for value in optimizer.state.get(parameter, {}).values():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                hold.zero_(value)
+                _zero(value, bits)
     if isinstance(optimizer, LBFGS):
+        parameters = list(_parameters_of(optimizer))
+        sizes = [parameter.numel() for parameter in parameters]
         for vector in _lbfgs_vectors(optimizer):
-            parameters = list(_parameters_of(optimizer))
-            for parameter, part in zip(
-                parameters, vector.split([p.numel() for p in parameters]), strict=True
-            ):
-                if parameter in held:
-                    held[parameter].zero_(part.view(parameter.shape))
+            for parameter, part in zip(parameters, vector.split(sizes), strict=True):
+                if hold := held.get(id(parameter)):
+                    _zero(part.view(parameter.shape), hold.bits())
 
 
 def _lbfgs_vectors(optimizer: LBFGS) -> Iterator[Tensor]:

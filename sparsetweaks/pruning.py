@@ -16,7 +16,7 @@ from sparsetweaks.masks import apply_masks, masks_by_parameter
 from sparsetweaks.probing import Loss, Pair
 from sparsetweaks.prunable import Selection, prunable_weights
 from sparsetweaks.scores import SYNFLOW_STEPS, SynFlow, grasp_scores, snip_scores
-from sparsetweaks.selection import keep_highest_globally, keep_highest_per_layer
+from sparsetweaks.selection import count_kept, keep_highest_globally, keep_highest_per_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -98,11 +98,12 @@ def prune(
     already = masks_by_parameter(model)
     masks = {name: already.get(w, torch.ones_like(w, dtype=torch.bool)) for name, w in weights.items()}
 
-    left = {name: int(mask.sum()) for name, mask in masks.items()}
+    left = {name: count_kept(mask) for name, mask in masks.items()}
+    sizes = {name: mask.numel() for name, mask in masks.items()}
     if scope == "layer":
-        budgets = {name: _count_kept([mask], sparsity, of, repr(name)) for name, mask in masks.items()}
+        budgets = {name: _after_removal(sizes[name], left[name], sparsity, of, repr(name)) for name in masks}
     else:
-        kept = _count_kept(masks.values(), sparsity, of, "the model")
+        kept = _after_removal(sum(sizes.values()), sum(left.values()), sparsity, of, "the model")
         budgets = erk_budgets(masks, kept) if scope == "erk" else {}
 
     absolute = method == "magnitude"  # ranked by absolute value, without a copy of them
@@ -164,11 +165,8 @@ def random_scores(weights: Mapping[str, Tensor], generator: torch.Generator | No
 # Budgets: how many weights to keep
 
 
-def _count_kept(masks: Iterable[Tensor], sparsity: float, of: Of, where: str) -> int:
-    """How many weights a fraction leaves, of those in `masks`."""
-    masks = list(masks)
-    total = sum(mask.numel() for mask in masks)
-    left = sum(int(torch.count_nonzero(mask)) for mask in masks)
+def _after_removal(total: int, left: int, sparsity: float, of: Of, where: str) -> int:
+    """How many weights a fraction leaves, of `total` of which `left` are left."""
     if of == "remaining":
         return left - round(sparsity * left)
     kept = total - round(sparsity * total)
@@ -187,7 +185,7 @@ def erk_budgets(masks: Mapping[str, Tensor], kept: int) -> dict[str, int]:
     dimensions. Layers that would get more than they have are filled, and the rest is shared out again.
     Fractions are rounded by largest remainders, so that the budgets sum to `kept`.
     """
-    left = {name: int(mask.sum()) for name, mask in masks.items()}
+    left = {name: count_kept(mask) for name, mask in masks.items()}
     dimensions = {name: sum(mask.shape) for name, mask in masks.items()}
     assert 0 <= kept <= sum(left.values())
     budgets: dict[str, int] = {}

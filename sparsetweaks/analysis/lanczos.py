@@ -42,7 +42,11 @@ def top_eigenpairs(
     on_step: Callable[[int], None] = lambda step: None,
     spare: int = SPARE,
 ) -> Eigenpairs:
-    """The k wanted eigenpairs, each value to `tolerance` of itself, from at most `iterations` products."""
+    """The k wanted eigenpairs, each value to `tolerance` of itself, from at most `iterations` products.
+
+    A start that leans towards some direction, the gradient say, would save a product where that lies among the top
+    eigenvectors, and stop at the second eigenvalue where it lies along that one: let it be random.
+    """
     krylov = Krylov(start, generator)
     full = min(2 * k + spare, len(start))
     for step in range(1, iterations + 1):
@@ -70,7 +74,8 @@ def value_errors(values: Tensor, residuals: Tensor) -> Tensor:
     """How far from an eigenvalue each Ritz value is at most: its residual r, or r^2 / gap where that is less.
 
     The gap is that to the nearest other eigenvalue, of which only Ritz values are known: taken for half of
-    what is left when those have moved by twice their own residual.
+    what is left when those have moved by twice their own residual. To take all of it, moved once, saves a product
+    of six, and stops at a neighbour of the top eigenvalue four times as often where two are within 5 %.
     """
     apart = ((values[:, None] - values[None, :]).abs() - 2 * residuals[None, :]) / 2
     apart.fill_diagonal_(torch.inf)

@@ -358,6 +358,7 @@ class _Search:
     def _iterate(self, batches: _Batches, graph: bool) -> tuple[float, float, float]:
         """One update of the scales; returns the loss, the gradient's norm, and the loss after the step."""
         pair = batches.for_step()
+        graph = graph or self.settings.order == 2
         loss, gradient = self._gradient(pair, graph=graph)
         norm = self._norm(gradient)
         self._check(norm, gradient)
@@ -366,11 +367,13 @@ class _Search:
                 _, gradient = self._gradient(pair, graph=True)
             self._update(self._twice(self._norm(gradient)), bounding=True)
             return loss, norm.item(), math.nan
-        step = [part.detach() for part in self._step(gradient)]
-        del gradient
-        look_ahead_loss, slopes = self._look_ahead(step, batches.for_objective())
+        step = self._step(gradient)
+        if self.settings.order == 1:
+            del gradient  # and with it the graph, where there is one
+            step = [part.detach() for part in step]
+        look_ahead_loss, slopes = self._look_ahead([part.detach() for part in step], batches.for_objective())
         if self.settings.order == 2:
-            slopes = self._through_the_step(pair, slopes)
+            slopes = self._through_the_step(step, slopes)
         self._update(slopes, bounding=False)
         return loss, norm.item(), look_ahead_loss
 
@@ -416,20 +419,21 @@ class _Search:
     def _look_ahead(self, step: list[Tensor], pair: Pair) -> tuple[float, list[Tensor]]:
         """The loss after the step, and the objective's gradient with respect to the weights there."""
         before = [parameter.detach().clone() for parameter in self.parameters]
-        with torch.no_grad():
-            for parameter, part in zip(self.parameters, step, strict=True):
-                parameter.sub_(part)
-        loss = self._loss(pair, "after the step that is looked ahead to")
-        gradient = _differentiate(loss / self.settings.step_size, self.parameters)
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, before, strict=True):
-                parameter.copy_(value)
+        # The step's graph, where there is one, holds the parameters: they come back as they were, to the bit.
+        with torch.autograd._unsafe_preserve_version_counter(tuple(self.parameters)):
+            with torch.no_grad():
+                for parameter, part in zip(self.parameters, step, strict=True):
+                    parameter.sub_(part)
+            loss = self._loss(pair, "after the step that is looked ahead to")
+            gradient = _differentiate(loss / self.settings.step_size, self.parameters)
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, before, strict=True):
+                    parameter.copy_(value)
         return loss.item(), gradient
 
-    def _through_the_step(self, pair: Pair, slopes: list[Tensor]) -> list[Tensor]:
+    def _through_the_step(self, step: list[Tensor], slopes: list[Tensor]) -> list[Tensor]:
         """Carry the gradient after the step back to the weights before it: subtract (d step)^T slopes."""
-        _, gradient = self._gradient(pair, graph=True)
-        products = [(part * slope).sum() for part, slope in zip(self._step(gradient), slopes, strict=True)]
+        products = [(part * slope).sum() for part, slope in zip(step, slopes, strict=True)]
         through = self._twice(torch.as_tensor(sum(products)))
         return [slope - part for slope, part in zip(slopes, through, strict=True)]
 

@@ -129,18 +129,24 @@ class GhostActivation(Ghost):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x = input.clone() if self.past.clones or self.past.overwrites else input
+        if _can_be_asked(self.strength):
+            result = self._smooth(x) if self.strength else self._plain(x)
+        else:
+            result = torch.where(self.strength != 0, self._smooth(x), self._plain(x))
+        return input.copy_(result) if self.past.overwrites else result
+
+    def _smooth(self, x: torch.Tensor) -> torch.Tensor:
         width = self.strength.clamp_min(torch.finfo(x.dtype).tiny)
         smooth = x * torch.sigmoid(x / width)
         if isinstance(self, nn.LeakyReLU):
-            smooth = torch.add(smooth * (1 - self.negative_slope), x, alpha=self.negative_slope)
-            original = F.leaky_relu(x, self.negative_slope)
-        elif isinstance(self, nn.ReLU6):
-            smooth = smooth.clamp_max(self.max_val)
-            original = F.relu6(x)
-        else:
-            original = F.relu(x)
-        result = torch.where(self.strength != 0, smooth, original)
-        return input.copy_(result) if self.past.overwrites else result
+            return torch.add(smooth * (1 - self.negative_slope), x, alpha=self.negative_slope)
+        return smooth.clamp_max(self.max_val) if isinstance(self, nn.ReLU6) else smooth
+
+    def _plain(self, x: torch.Tensor) -> torch.Tensor:
+        """The original activation, never in place."""
+        if isinstance(self, nn.LeakyReLU):
+            return F.leaky_relu(x, self.negative_slope)
+        return F.relu6(x) if isinstance(self, nn.ReLU6) else F.relu(x)
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), f"strength={self.strength_in_words()}"]))
@@ -166,6 +172,21 @@ class GhostActivation(Ghost):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _revive, (self._original,), vars(self)
+
+
+def _can_be_asked(strength: Any) -> bool:
+    """Whether a strength may decide in Python which way to compute, which is faster than to compute both.
+
+    Not where something traces or transforms the call, and not where the answer would have to come from another device.
+    """
+    return (
+        type(strength) is torch.Tensor
+        and strength.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _revive(original: Any) -> nn.Module:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import sparsetweaks as st
 from sparsetweaks.surgery.ghosts import Ghost, GhostActivation
@@ -154,6 +155,20 @@ FORMS = {
     "nn.ReLU6 inplace": nn.ReLU6(inplace=True),
     "nn.LeakyReLU": nn.LeakyReLU(0.3),
 }
+
+
+@pytest.mark.parametrize("kind", ORIGINALS)
+def test_strengths_that_python_cannot_read_give_the_same(kind):
+    ghost = st.swap_activations(nn.Sequential(ORIGINALS[kind][0]), "swish", kinds=(kind,), ghost=True)
+    x, strengths = torch.linspace(-9, 9, 37), torch.tensor([0.0, 0.3, 1.0])
+
+    def called(strength: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(ghost, {"0.strength": strength}, (x,))
+
+    alone = torch.stack([called(strength) for strength in strengths])
+    assert torch.equal(torch.func.vmap(called)(strengths), alone)
+    with FlopCounterMode(display=False):
+        assert torch.equal(torch.stack([called(strength) for strength in strengths]), alone)
 
 
 @pytest.mark.parametrize("seen", [False, True], ids=["alone", "seen"])
