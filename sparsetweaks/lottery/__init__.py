@@ -12,12 +12,15 @@ The rooms, each of which uses only those above it:
     draw.py        tickets by iterative and one-shot magnitude pruning, without training, or of any mask
     pools.py       Lottery Pools, the bar without tweaks
     grid.py        independent runs, side by side
+    on_ray.py      the same on Ray
     results.py     rows as a table, as statistics and as a picture
     experiment.py  a comparison of variants over levels and seeds
     demo.py        one on digits, in about two minutes
     reproduce.py   the paper's figures, as experiments
     report.py      a folder of results as one page
+    events.py      TensorBoard's files
     progress.py    how far a command is
+    options.py     the options that commands share
     commands.py    the commands
     cli.py         what starts them, and turns a user's mistakes into one line
 """
