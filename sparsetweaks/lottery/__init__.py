@@ -3,6 +3,7 @@
 The rooms, each of which uses only those above it:
 
     config.py      what determines a run: network, recipe, tweaks
+    ranks.py       one training in several processes
     files.py       files that are there whole or not at all; one process per folder
     data.py        data sets as tensors in memory
     models.py      the paper's networks for small images, torchvision's, and a user's

@@ -45,6 +45,7 @@ from sparsetweaks.lottery.options import (
 from sparsetweaks.lottery.pools import NAME as POOLS
 from sparsetweaks.lottery.pools import pool, pool_row
 from sparsetweaks.lottery.progress import Progress
+from sparsetweaks.lottery.ranks import joined, leads
 from sparsetweaks.lottery.report import report
 from sparsetweaks.lottery.reproduce import PRESETS, experiments, overview, reproduce
 from sparsetweaks.lottery.results import append_row, plot, read_rows, summarise, table
@@ -93,7 +94,7 @@ def draw_command(
     network, (data, events, plan) = Network(name, width), split(given)
     if method != "magnitude" and not sparsities:
         raise LotteryError(f"--method {method} prunes once, before any training: say to which --sparsity")
-    with alone(out):
+    with joined(), alone(out):
         images = load_data(out, **data)
         trainings = 0 if masks or method != "magnitude" else 1 if sparsities else levels
         with Progress(trainings * plan.epochs, "epoch", events=events_of(out, events)) as progress:
@@ -115,8 +116,8 @@ def draw_command(
             else:
                 tickets = draw(images, network, plan, levels=levels, fraction=fraction, **common, **trained)
         _log(out, "draw", {"model": name, "width": network.width, "seed": seed, **data}, plan)
-    for ticket in tickets:
-        click.echo(ticket_path(out, ticket))
+        for ticket in tickets:
+            click.echo(ticket_path(out, ticket))
 
 
 @commands.command("spend")
@@ -139,7 +140,7 @@ def spend_command(
     """Retrain TICKETS with tweaks and without; add a row of results per run, and print the table."""
     (data, events, plan), chosen = split(given), dict.fromkeys(names)
     tweaks = {name: variant(name) for name in (*chosen, "vanilla") if name != POOLS}
-    with alone(out):
+    with joined(), alone(out):
         loaded = [load_ticket(path, model=model) for path in tickets]
         images, rows = load_data(out, **data), out / "results.csv"
         known = {(each["run"], each["variant"]) for each in read_rows(rows)}
@@ -159,7 +160,7 @@ def spend_command(
                     common |= {"name": name, "on_epoch": progress.epoch}
                     trained = spend(ticket, tweaks[name], images, plan, **common)
                     result = row(ticket, name, tweaks[name], images, plan, trained, seed=seed)
-                if (result["run"], name) not in known:
+                if leads() and (result["run"], name) not in known:
                     append_row(rows, result)
                 progress.reach(number * plan.epochs)
                 accuracy = f"{100 * result['test']:.1f} % in test"
@@ -232,6 +233,8 @@ def demo_command(processes: int, out: Path, epochs: int, levels: int, seeds: int
 
 def _log(out: Path, command: str, options: dict[str, Any], recipe: Recipe) -> None:
     """Add what was asked for to a file beside the results, for `report`."""
+    if not leads():
+        return
     told = {"command": command, **options, "recipe": asdict(recipe), "torch": torch.__version__}
     with (out / "commands.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **told}, default=str) + "\n")
@@ -243,6 +246,8 @@ def _describe(ticket: Ticket) -> str:
 
 
 def _show(out: Path) -> None:
+    if not leads():
+        return
     settings = summarise(read_rows(out / "results.csv"))
     for title, summary in settings.items():
         click.echo(f"\n{title}\n\n{table(summary)}\n")

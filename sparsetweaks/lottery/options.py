@@ -16,6 +16,7 @@ from sparsetweaks.lottery.data import SPLIT_SEED, Data, load
 from sparsetweaks.lottery.events import EventFiles
 from sparsetweaks.lottery.grid import Engine, run_all
 from sparsetweaks.lottery.on_ray import on_ray
+from sparsetweaks.lottery.ranks import leads
 
 FRACTIONS = click.FloatRange(0, 1, min_open=True, max_open=True)
 COUNT = click.IntRange(min=1)
@@ -91,7 +92,7 @@ def split(given: dict[str, Any]) -> tuple[dict[str, Any], bool, Recipe]:
 
 def events_of(out: Path, wanted: bool) -> EventFiles | None:
     """TensorBoard's files below a folder, where they are asked for."""
-    return EventFiles(out / "events") if wanted else None
+    return EventFiles(out / "events") if wanted and leads() else None
 
 
 @contextlib.contextmanager

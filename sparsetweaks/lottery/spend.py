@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetweaks.cost import cost
+from sparsetweaks.lottery import ranks
 from sparsetweaks.lottery.config import LotteryError, Recipe, Tweaks, key
 from sparsetweaks.lottery.data import Data, batches
 from sparsetweaks.lottery.files import State
@@ -75,8 +76,9 @@ def spend(
     if rewind_epoch is None:
         rewind_epoch = 0 if ticket.level else rewinding_epoch(recipe)
     path = folder / f"{run_key(ticket, tweaks, recipe, seed=seed, rewind_epoch=rewind_epoch)}.safetensors"
-    if path.is_file() and (trained := load_trained(path)).test is not None:
-        return trained
+    kept = ranks.from_leader(lambda: load_trained(path) if path.is_file() else None)
+    if kept is not None and kept.test is not None:
+        return kept
     teacher = None
     if tweaks.distillation:
         at = ticket.late_epoch or rewinding_epoch(recipe)
@@ -316,6 +318,8 @@ def surroundings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
         Values by column.
     """
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    if ranks.count() > 1:
+        hardware = f"{ranks.count()} x {hardware}"
     return {
         "precision": "bfloat16" if computes_in_bfloat16(recipe, device) else "float32",
         "compiled": recipe.compile,
