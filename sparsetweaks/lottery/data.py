@@ -72,7 +72,7 @@ class Data:
         return replace(self, **parts)
 
     def normalise(self, images: Tensor) -> Tensor:
-        return (images.float() - self.mean) / self.std
+        return (images.float() - self.mean).div_(self.std)
 
 
 def load(
@@ -160,7 +160,8 @@ def batches(
     size = min(size, len(part))
     for start in range(0, len(part) - size + 1, size):
         index = order[start : start + size]
-        images = augment(part.images[index], padding=padding, flip=data.flip, generator=generator)
+        images = part.images.index_select(0, index)  # copies whole images; indexing copies pixel by pixel
+        images = augment(images, padding=padding, flip=data.flip, generator=generator)
         yield data.normalise(images), part.labels[index]
 
 
@@ -183,17 +184,21 @@ def augment(images: Tensor, *, padding: int, flip: bool, generator: torch.Genera
     """
     count, channels, height, width = images.shape
     device = images.device
+    padded = F.pad(images, (padding,) * 4)
+    down = right = mirrored = torch.zeros(count, dtype=torch.long, device=device)
+    pixels = padded.flatten()
     if padding:
-        padded = F.pad(images, (padding,) * 4)
-        shift = torch.randint(2 * padding + 1, (2, count, 1), generator=generator, device=device)
-        rows = (shift[0] + torch.arange(height, device=device))[:, None, :, None]
-        columns = (shift[1] + torch.arange(width, device=device))[:, None, None, :]
-        each = torch.arange(count, device=device)[:, None, None, None]
-        images = padded[each, torch.arange(channels, device=device)[:, None, None], rows, columns]
+        down, right = torch.randint(2 * padding + 1, (2, count), generator=generator, device=device)
     if flip:
-        mirrored = torch.randint(2, (count, 1, 1, 1), generator=generator, device=device).bool()
-        images = torch.where(mirrored, images.flip(-1), images)
-    return images
+        mirrored = torch.randint(2, (count,), generator=generator, device=device)
+        right = torch.where(mirrored == 1, 2 * padding - right, right)
+        pixels = torch.cat([pixels, padded.flip(-1).flatten()])
+    # each row of each result is a run of pixels: copied as such, many times faster than pixel by pixel
+    down, right, mirrored = (each[:, None, None] for each in (down, right, mirrored))
+    planes = torch.arange(count * channels, device=device).view(count, channels, 1)
+    rows = planes * padded.shape[2] + down + torch.arange(height, device=device)
+    starts = mirrored * padded.numel() + rows * padded.shape[3] + right
+    return pixels.unfold(0, width, 1).index_select(0, starts.flatten()).view(images.shape)
 
 
 def _prepare(name: str, train: Images, test: Images, classes: tuple[str, ...], split_seed: int) -> Data:
