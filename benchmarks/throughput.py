@@ -10,9 +10,10 @@
 - `resume`: writing a checkpoint and reading it back, over an epoch of 45,000 images (of so many steps as were timed).
 - `precision`: a step in bfloat16 and channels_last over one in float32 and contiguous.
 
-Images are random bytes. Times are CPU seconds of one thread, or of all together. Each repeat measures both sides of a ratio one after the other, in an order that turns; printed
-and written to benchmarks/results/throughput.csv are median, least and most of the ratios within the repeats. Rows of
-other kinds that are in the file already stay.
+Images are random bytes. Times are CPU seconds of one thread, or of all together, so that what else a machine does counts
+little. Each repeat measures both sides of a ratio one after the other, in an order that turns; printed and written to
+benchmarks/results/throughput.csv are median, least and most of the ratios within the repeats. Rows of other kinds that
+are in the file already stay.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def row(what: str, model: str, over: str, times: Timed) -> dict[str, Any]:
 
 
 def hardware() -> str:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     name = str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
     return f"{name}, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
 
@@ -237,7 +238,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    loop.time = types.SimpleNamespace(perf_counter=clock)  # `train` tells its seconds by the same clock
+    vars(loop)["time"] = types.SimpleNamespace(
+        perf_counter=clock
+    )  # `train` tells its seconds by the same clock
     for what in given.what:
         for each in MEASURES[what](given.repeats):
             print("{what} {model} / {over}: {median} ({least} to {most})".format(**each), flush=True)

@@ -236,8 +236,14 @@ def _log(out: Path, command: str, options: dict[str, Any], recipe: Recipe) -> No
     if not leads():
         return
     told = {"command": command, **options, "recipe": asdict(recipe), "torch": torch.__version__}
-    with (out / "commands.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **told}, default=str) + "\n")
+    line = json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **told}, default=str)
+    try:
+        with (out / "commands.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise LotteryError(
+            f"cannot write {out / 'commands.jsonl'}: {error.strerror}; the results before are kept"
+        ) from error
 
 
 def _describe(ticket: Ticket) -> str:

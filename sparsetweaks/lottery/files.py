@@ -138,12 +138,14 @@ def check_writable(folder: Path) -> None:
     probe = folder / f".{os.getpid()}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        probe.write_bytes(b"0")  # a full disk still takes empty files
     except OSError as error:
         raise LotteryError(
             f"cannot write to {folder}: {error.strerror}; choose another with --out"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -74,7 +74,10 @@ RECIPE_OPTIONS = options(
         "--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default=_DEFAULT.precision
     ),
     click.option(
-        "--compile/--no-compile", "compiled", default=_DEFAULT.compile, help="torch.compile the network."
+        "--compile/--no-compile",
+        "compiled",
+        default=bool(_DEFAULT.compile),
+        help="torch.compile the network.",
     ),
     EVENTS_OPTION,
 )

@@ -102,7 +102,8 @@ def train(
     model.to(device).to(memory_format=torch.channels_last)
     ranks.check_batch(min(recipe.batch_size, len(data.train)))
     parallel = ranks.wrapped(model)
-    forward = torch.compile(parallel) if recipe.compile else parallel
+    mode = recipe.compile if isinstance(recipe.compile, str) else None
+    forward = torch.compile(parallel, mode=mode) if recipe.compile else parallel
     teach = None if teacher is None else teacher.to(device).to(memory_format=torch.channels_last).eval()
     optimizer = torch.optim.SGD(
         model.parameters(),
