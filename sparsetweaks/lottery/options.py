@@ -12,9 +12,10 @@ import click
 import torch
 
 from sparsetweaks.lottery.config import LotteryError, Recipe
-from sparsetweaks.lottery.data import SPLIT_SEED, Data, load
+from sparsetweaks.lottery.data import Data, load
 from sparsetweaks.lottery.events import EventFiles
 from sparsetweaks.lottery.grid import Engine, run_all
+from sparsetweaks.lottery.layouts import SPLIT_SEED
 from sparsetweaks.lottery.on_ray import on_ray
 from sparsetweaks.lottery.ranks import leads
 
