@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +13,10 @@ from typing import Any
 import torch
 
 from sparsetweaks.lottery.config import LotteryError
+from sparsetweaks.lottery.files import first_line
 from sparsetweaks.lottery.grid import ENDED, Engine
+
+CONNECT_SECONDS = 10.0
 
 
 @contextlib.contextmanager
@@ -46,21 +50,24 @@ def on_ray(*, address: str | None = None, gpus: float = 0.0, threads: int = 1) -
         raise LotteryError('runs on Ray need it: pip install "sparsetweaks[ray]"') from None
     ours = address is not None or not ray.is_initialized()
     if ours:
-        options: dict[str, Any] = {
-            "include_dashboard": False,
-            "log_to_driver": False,
-            "logging_level": logging.ERROR,
-        }
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise LotteryError(f"cannot reach Ray at {address or 'this machine'}: {error}") from error
+        _start(ray, address)
     try:
         _check_resources(ray.nodes(), {"CPU": threads, "GPU": gpus})
         yield partial(_run_all, ray, gpus=gpus, threads=threads)
     finally:
         if ours:
             ray.shutdown()
+
+
+def _start(ray: Any, address: str | None) -> None:
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    try:
+        if host and port.isdigit():  # Ray itself tries for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises Exception itself when it is not up in time
+        where = f"at {address}" if address else "on this machine"
+        raise LotteryError(f"cannot reach or start Ray {where}: {first_line(error)}") from error
 
 
 def _check_resources(nodes: Sequence[dict[str, Any]], wanted: dict[str, float]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import socket
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -190,20 +193,49 @@ def test_without_ray_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> N
         pass
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_an_address_where_nobody_listens_is_told_at_once(fake_ray: types.ModuleType, address: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = address.format(free.getsockname()[1])
+        with (
+            pytest.raises(LotteryError, match=f"cannot reach or start Ray at {address}: "),
+            on_ray(address=address),
+        ):
+            pass
+    assert fake_ray.calls == []
+
+
+def test_a_ray_that_does_not_start_is_told(fake_ray: types.ModuleType) -> None:
+    def timed_out(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nThis could happen because ...")
+
+    fake_ray.init = timed_out
+    with (
+        pytest.raises(
+            LotteryError, match=r"^cannot reach or start Ray on this machine: .* during startup\.$"
+        ),
+        on_ray(),
+    ):
+        pass
+
+
 @pytest.fixture(scope="module")
-def real_ray() -> Iterator[None]:
+def real_ray() -> Iterator[Any]:
     """Ray on two cores of this machine, for all tests of this module."""
     ray = pytest.importorskip("ray")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 2**20,
-    )
-    yield
-    ray.shutdown()
+    options = {
+        "address": "local",
+        "num_cpus": 2,
+        "include_dashboard": False,
+        "object_store_memory": 100 * 2**20,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # others join by the address alone
+        ray.init(log_to_driver=False, **options)
+        yield ray
+        ray.shutdown()
 
 
 @pytest.mark.slow
@@ -222,3 +254,21 @@ def test_a_grid_on_a_real_ray_ends_in_the_same_bits(real_ray, in_process, tmp_pa
             list(engine([partial(os._exit, 9)]))
         with pytest.raises(LotteryError, match="no machine of Ray's has them"), on_ray(threads=64):
             pass
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:::ray")
+def test_another_process_joins_a_ray_by_its_address(real_ray, tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from functools import partial; from sparsetweaks.lottery.on_ray import on_ray\n"
+        "with on_ray(address=sys.argv[1]) as engine: print([*engine([partial(str, 2), os.getcwd])])"
+    )
+    address = real_ray.get_runtime_context().gcs_address
+    done = subprocess.run(
+        [sys.executable, "-c", code, address], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(ast.literal_eval(done.stdout.splitlines()[-1])) == {
+        "2",
+        str(tmp_path),
+    }  # runs see the same folder
