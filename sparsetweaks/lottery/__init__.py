@@ -3,21 +3,27 @@
 The rooms, each of which uses only those above it:
 
     config.py      what determines a run: network, recipe, tweaks
+    ranks.py       one training in several processes
     files.py       files that are there whole or not at all; one process per folder
+    layouts.py     folders of images
     data.py        data sets as tensors in memory
     models.py      the paper's networks for small images, torchvision's, and a user's
     store.py       tickets
     train.py       the one training loop
-    spend.py       retraining a ticket with tweaks, one row of results per run
+    tweaking.py    a ticket with its tweaks
+    spend.py       retraining it, one row of results per run
     draw.py        tickets by iterative and one-shot magnitude pruning, without training, or of any mask
     pools.py       Lottery Pools, the bar without tweaks
     grid.py        independent runs, side by side
+    on_ray.py      the same on Ray
     results.py     rows as a table, as statistics and as a picture
     experiment.py  a comparison of variants over levels and seeds
     demo.py        one on digits, in about two minutes
     reproduce.py   the paper's figures, as experiments
     report.py      a folder of results as one page
+    events.py      TensorBoard's files
     progress.py    how far a command is
+    options.py     the options that commands share
     commands.py    the commands
     cli.py         what starts them, and turns a user's mistakes into one line
 """

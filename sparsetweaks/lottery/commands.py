@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 
 from sparsetweaks.lottery import demo as demonstration
 from sparsetweaks.lottery.config import PARTS, LotteryError, Network, Recipe, variant
-from sparsetweaks.lottery.data import SPLIT_SEED, Data, load
 from sparsetweaks.lottery.draw import (
     FRACTION,
     LEVELS,
@@ -28,65 +27,30 @@ from sparsetweaks.lottery.draw import (
     ticket_path,
 )
 from sparsetweaks.lottery.files import alone
+from sparsetweaks.lottery.grid import run_all
+from sparsetweaks.lottery.options import (
+    COUNT,
+    DATA_OPTIONS,
+    DEVICE_OPTION,
+    ENGINE_OPTIONS,
+    EVENTS_OPTION,
+    FRACTIONS,
+    OUT_OPTION,
+    RECIPE_OPTIONS,
+    engine_of,
+    events_of,
+    load_data,
+    split,
+)
 from sparsetweaks.lottery.pools import NAME as POOLS
 from sparsetweaks.lottery.pools import pool, pool_row
 from sparsetweaks.lottery.progress import Progress
+from sparsetweaks.lottery.ranks import joined, leads
 from sparsetweaks.lottery.report import report
 from sparsetweaks.lottery.reproduce import PRESETS, experiments, overview, reproduce
 from sparsetweaks.lottery.results import append_row, plot, read_rows, summarise, table
 from sparsetweaks.lottery.spend import row, spend
 from sparsetweaks.lottery.store import Ticket, load_ticket
-
-FRACTIONS = click.FloatRange(0, 1, min_open=True, max_open=True)
-COUNT = click.IntRange(min=1)
-SOME = {"default": None, "show_default": "all"}
-_DEFAULT = Recipe()
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def options(*given: Decorator) -> Decorator:
-    """Several click options as one decorator, in the order in which they are to be listed."""
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(given):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-DATA_OPTIONS = options(
-    click.option(
-        "--data", "source", default="digits", help="'digits', or a folder: CIFAR, Tiny-ImageNet, any images."
-    ),
-    click.option(
-        "--size", type=click.IntRange(min=2), help="Pixels to bring the images to.  [default: as they are]"
-    ),
-    click.option("--limit", type=click.IntRange(min=2), help="Training images per class.  [default: all]"),
-    click.option(
-        "--split-seed", type=click.IntRange(min=0), default=SPLIT_SEED, help="Of the random 9:1 splits."
-    ),
-    click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to train."),
-)
-RECIPE_OPTIONS = options(
-    click.option("--epochs", type=COUNT, default=_DEFAULT.epochs),
-    click.option("--batch-size", type=click.IntRange(min=2), default=_DEFAULT.batch_size),
-    click.option(
-        "--learning-rate", type=click.FloatRange(min=0, min_open=True), default=_DEFAULT.learning_rate
-    ),
-    click.option("--warmup-epochs", type=click.FloatRange(min=0), default=_DEFAULT.warmup_epochs),
-    click.option(
-        "--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default=_DEFAULT.precision
-    ),
-    click.option(
-        "--compile/--no-compile", "compiled", default=_DEFAULT.compile, help="torch.compile the network."
-    ),
-    click.option("--tensorboard", is_flag=True, help="Write event files below OUT/events."),
-)
-OUT_OPTION = click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs"), help="Folder to keep all in."
-)
 
 
 @click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -124,18 +88,16 @@ def commands() -> None:
 @OUT_OPTION
 def draw_command(
     name: str, width: int | None, method: str, levels: int, fraction: float, sparsities: tuple[float, ...], scope: str,
-    masks: Path | None, rewind_epoch: int, seed: int, out: Path, **options: Any,
+    masks: Path | None, rewind_epoch: int, seed: int, out: Path, **given: Any,
 ) -> None:  # fmt: skip
     """Draw tickets: train, prune the smallest weights, rewind the others, repeat; or without training."""
-    network, (data, events, plan) = Network(name, width), _split(options)
+    network, (data, events, plan) = Network(name, width), split(given)
     if method != "magnitude" and not sparsities:
         raise LotteryError(f"--method {method} prunes once, before any training: say to which --sparsity")
-    with alone(out):
-        images = _data(out, **data)
+    with joined(), alone(out):
+        images = load_data(out, **data)
         trainings = 0 if masks or method != "magnitude" else 1 if sparsities else levels
-        with Progress(
-            trainings * plan.epochs, "epoch", events=out / "events" if events else None
-        ) as progress:
+        with Progress(trainings * plan.epochs, "epoch", events=events_of(out, events)) as progress:
 
             def kept(ticket: Ticket) -> None:
                 progress.reach(ticket.level * plan.epochs)
@@ -154,8 +116,8 @@ def draw_command(
             else:
                 tickets = draw(images, network, plan, levels=levels, fraction=fraction, **common, **trained)
         _log(out, "draw", {"model": name, "width": network.width, "seed": seed, **data}, plan)
-    for ticket in tickets:
-        click.echo(ticket_path(out, ticket))
+        for ticket in tickets:
+            click.echo(ticket_path(out, ticket))
 
 
 @commands.command("spend")
@@ -173,14 +135,14 @@ def draw_command(
 @OUT_OPTION
 def spend_command(
     tickets: tuple[Path, ...], model: str | None, names: tuple[str, ...], seeds: tuple[int, ...], out: Path,
-    **options: Any,
+    **given: Any,
 ) -> None:  # fmt: skip
     """Retrain TICKETS with tweaks and without; add a row of results per run, and print the table."""
-    (data, events, plan), chosen = _split(options), dict.fromkeys(names)
+    (data, events, plan), chosen = split(given), dict.fromkeys(names)
     tweaks = {name: variant(name) for name in (*chosen, "vanilla") if name != POOLS}
-    with alone(out):
+    with joined(), alone(out):
         loaded = [load_ticket(path, model=model) for path in tickets]
-        images, rows = _data(out, **data), out / "results.csv"
+        images, rows = load_data(out, **data), out / "results.csv"
         known = {(each["run"], each["variant"]) for each in read_rows(rows)}
         cells = [
             (t, name, seed)
@@ -188,9 +150,7 @@ def spend_command(
             for name in (chosen if t.level else ["vanilla"])
             for seed in seeds or [t.seed]
         ]
-        with Progress(
-            len(cells) * plan.epochs, "epoch", events=out / "events" if events else None
-        ) as progress:
+        with Progress(len(cells) * plan.epochs, "epoch", events=events_of(out, events)) as progress:
             for number, (ticket, name, seed) in enumerate(cells, 1):
                 common: dict[str, Any] = {"seed": seed, "folder": out / "runs"}
                 if name == POOLS:
@@ -200,7 +160,7 @@ def spend_command(
                     common |= {"name": name, "on_epoch": progress.epoch}
                     trained = spend(ticket, tweaks[name], images, plan, **common)
                     result = row(ticket, name, tweaks[name], images, plan, trained, seed=seed)
-                if (result["run"], name) not in known:
+                if leads() and (result["run"], name) not in known:
                     append_row(rows, result)
                 progress.reach(number * plan.epochs)
                 accuracy = f"{100 * result['test']:.1f} % in test"
@@ -230,27 +190,23 @@ def report_command(folder: Path) -> None:
 @click.option("--list", "listed", is_flag=True, help="What there is, what each costs, and what is done.")
 @click.option("--preset", default="digits", help=f"How large: {', '.join(PRESETS)}.")
 @click.option("--data", multiple=True, help="Folders of images, for presets that bring none.")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to train.")
-@click.option("--processes", type=COUNT, default=1, help="Runs at a time, a thread each.")
+@DEVICE_OPTION
+@ENGINE_OPTIONS
+@EVENTS_OPTION
 @OUT_OPTION
 def reproduce_command(
-    figure: str | None,
-    listed: bool,
-    preset: str,
-    data: tuple[str, ...],
-    device: str,
-    processes: int,
-    out: Path,
-) -> None:
+    figure: str | None, listed: bool, preset: str, data: tuple[str, ...], device: str, tensorboard: bool, out: Path,
+    **given: Any,
+) -> None:  # fmt: skip
     """Reproduce a FIGURE of the paper: picture, numbers, and a line of comparison. What figures share runs once."""
     if listed or figure is None:
         click.echo(overview(out))
         return
     experiments(figure, preset, data)
-    check_device(device)
-    with alone(out), Progress(0, "stage") as progress:
-        watch: dict[str, Any] = {"on_run": progress.so_far, "on_epoch": progress.within}
-        told = reproduce(figure, preset, out, data=data, device=device, processes=processes, **watch)
+    events, here = events_of(out, tensorboard), given["engine"] == "local" and given["processes"] == 1
+    with engine_of(device, **given) as engine, alone(out), Progress(0, "stage", events=events) as progress:
+        watch: dict[str, Any] = {"on_run": progress.so_far, "on_epoch": progress.within if here else events}
+        told = reproduce(figure, preset, out, data=data, device=device, engine=engine, **watch)
         _log(out, "reproduce", {"figure": figure, "preset": preset, "data": data}, PRESETS[preset].recipe)
     click.echo(f"{told}\n\npicture: {out / 'figures' / f'{figure}-{preset}.png'}")
 
@@ -269,40 +225,25 @@ def demo_command(processes: int, out: Path, epochs: int, levels: int, seeds: int
     with alone(out), Progress(0, "run") as progress:
         demonstration.demo(
             out, seeds=range(seeds), levels=levels, recipe=replace(demonstration.RECIPE, epochs=epochs),
-            processes=processes, on_run=progress.so_far,
+            engine=partial(run_all, processes=processes), on_run=progress.so_far,
         )  # fmt: skip
     _show(out)
     click.echo(f"{time.monotonic() - started:.0f} seconds")
 
 
-def _split(options: dict[str, Any]) -> tuple[dict[str, Any], bool, Recipe]:
-    """The options of a command apart: of the data, whether to write event files, and of the recipe."""
-    data = {name: options.pop(name) for name in ("source", "size", "limit", "split_seed", "device")}
-    events, compiled = options.pop("tensorboard"), options.pop("compiled")
-    return data, events, Recipe(compile=compiled, **options)
-
-
-def _data(out: Path, source: str, size: int | None, limit: int | None, split_seed: int, device: str) -> Data:
-    check_device(device)
-    data = load(source, size=size, limit=limit, split_seed=split_seed, cache=out / "cache")
-    return data.to(device)
-
-
-def check_device(device: str) -> None:
-    """Raise a LotteryError unless tensors can live there."""
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise LotteryError(
-            f"cannot train on the device {device!r}: {str(error).splitlines()[0]}; --device cpu works everywhere"
-        ) from error
-
-
 def _log(out: Path, command: str, options: dict[str, Any], recipe: Recipe) -> None:
     """Add what was asked for to a file beside the results, for `report`."""
+    if not leads():
+        return
     told = {"command": command, **options, "recipe": asdict(recipe), "torch": torch.__version__}
-    with (out / "commands.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **told}, default=str) + "\n")
+    line = json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **told}, default=str)
+    try:
+        with (out / "commands.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise LotteryError(
+            f"cannot write {out / 'commands.jsonl'}: {error.strerror}; the results before are kept"
+        ) from error
 
 
 def _describe(ticket: Ticket) -> str:
@@ -311,6 +252,8 @@ def _describe(ticket: Ticket) -> str:
 
 
 def _show(out: Path) -> None:
+    if not leads():
+        return
     settings = summarise(read_rows(out / "results.csv"))
     for title, summary in settings.items():
         click.echo(f"\n{title}\n\n{table(summary)}\n")

@@ -23,6 +23,12 @@ FAMILIES = {  # own networks for small images, and the channels of their first s
     "mobilenet_v2": 32,  # Sandler et al. 2018
 }
 SMALL_WIDTH = 16  # of resnet20, plain20 and the others of 6n + 2 layers (He et al. 2016, 4.2)
+COMPILE_MODES = (
+    "default",
+    "reduce-overhead",
+    "max-autotune",
+    "max-autotune-no-cudagraphs",
+)  # torch.compile's
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class Recipe:
     precision: str = (
         "auto"  # "float32", "bfloat16", or "auto": bfloat16 where the processor multiplies it natively
     )
-    compile: bool = False
+    compile: bool | str = False  # a string is a mode of `torch.compile`; "reduce-overhead" takes CUDA graphs
     average_from: float | None = (
         None  # fraction of the epochs from which weights are averaged, None for never
     )
@@ -120,6 +126,10 @@ class Recipe:
             )
         if not self.learning_rate > 0:
             raise LotteryError(f"learning_rate must be positive, got {self.learning_rate}")
+        if isinstance(self.compile, str) and self.compile not in COMPILE_MODES:
+            raise LotteryError(
+                f"compile must be a bool or one of {', '.join(COMPILE_MODES)}, got {self.compile!r}"
+            )
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise LotteryError(f"precision must be auto, float32 or bfloat16, got {self.precision!r}")
 

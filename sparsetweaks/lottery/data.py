@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +17,14 @@ from sparsetweaks.lottery.config import LotteryError
 from sparsetweaks.lottery.files import first_line
 from sparsetweaks.lottery.files import load as load_file
 from sparsetweaks.lottery.files import save as save_file
+from sparsetweaks.lottery.layouts import SPLIT_SEED, Examples, list_folder
 
 VALIDATION = 0.1  # the paper: training images are split 9:1 at random
-TEST = 0.1  # of a folder without a split of its own
 DIGITS_TEST = 0.2  # scikit-learn's digits come without a split
-SPLIT_SEED = 0  # one split for all runs, so that a ticket never sees its validation images under another seed
 CIFAR = {
     "CIFAR10": "cifar-10-batches-py",
     "CIFAR100": "cifar-100-python",
 }  # torchvision's class, and its folder
-Examples = list[tuple[Path, int]]  # an image file and its label
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Data:
         return replace(self, **parts)
 
     def normalise(self, images: Tensor) -> Tensor:
-        return (images.float() - self.mean) / self.std
+        return (images.float() - self.mean).div_(self.std)
 
 
 def load(
@@ -117,15 +114,7 @@ def load(
     elif cifar := next((name for name in CIFAR if _holds(folder, CIFAR[name])), None):
         name, (train, test, classes) = cifar.lower(), _cifar(folder, cifar)
     else:
-        if (folder / "val" / "val_annotations.txt").is_file():
-            name, (train_files, test_files, classes) = "tiny-imagenet", _tiny_imagenet(folder, limit)
-        elif (folder / "train").is_dir() or (folder / "test").is_dir():
-            name, (train_files, test_files, classes) = folder.resolve().name, _class_folders(folder, limit)
-        else:
-            name, (train_files, test_files, classes) = (
-                folder.resolve().name,
-                _one_folder(folder, limit, split_seed),
-            )
+        name, (train_files, test_files, classes) = list_folder(folder, limit, split_seed)
         train, test = _decoded(train_files, test_files, size=size, cache=cache)
     if size is not None:
         train, test = _resized(train, size), _resized(test, size)
@@ -160,7 +149,8 @@ def batches(
     size = min(size, len(part))
     for start in range(0, len(part) - size + 1, size):
         index = order[start : start + size]
-        images = augment(part.images[index], padding=padding, flip=data.flip, generator=generator)
+        images = part.images.index_select(0, index)  # copies whole images; indexing copies pixel by pixel
+        images = augment(images, padding=padding, flip=data.flip, generator=generator)
         yield data.normalise(images), part.labels[index]
 
 
@@ -183,17 +173,21 @@ def augment(images: Tensor, *, padding: int, flip: bool, generator: torch.Genera
     """
     count, channels, height, width = images.shape
     device = images.device
+    padded = F.pad(images, (padding,) * 4)
+    down = right = mirrored = torch.zeros(count, dtype=torch.long, device=device)
+    pixels = padded.flatten()
     if padding:
-        padded = F.pad(images, (padding,) * 4)
-        shift = torch.randint(2 * padding + 1, (2, count, 1), generator=generator, device=device)
-        rows = (shift[0] + torch.arange(height, device=device))[:, None, :, None]
-        columns = (shift[1] + torch.arange(width, device=device))[:, None, None, :]
-        each = torch.arange(count, device=device)[:, None, None, None]
-        images = padded[each, torch.arange(channels, device=device)[:, None, None], rows, columns]
+        down, right = torch.randint(2 * padding + 1, (2, count), generator=generator, device=device)
     if flip:
-        mirrored = torch.randint(2, (count, 1, 1, 1), generator=generator, device=device).bool()
-        images = torch.where(mirrored, images.flip(-1), images)
-    return images
+        mirrored = torch.randint(2, (count,), generator=generator, device=device)
+        right = torch.where(mirrored == 1, 2 * padding - right, right)
+        pixels = torch.cat([pixels, padded.flip(-1).flatten()])
+    # each row of each result is a run of pixels: copied as such, many times faster than pixel by pixel
+    down, right, mirrored = (each[:, None, None] for each in (down, right, mirrored))
+    planes = torch.arange(count * channels, device=device).view(count, channels, 1)
+    rows = planes * padded.shape[2] + down + torch.arange(height, device=device)
+    starts = mirrored * padded.numel() + rows * padded.shape[3] + right
+    return pixels.unfold(0, width, 1).index_select(0, starts.flatten()).view(images.shape)
 
 
 def _prepare(name: str, train: Images, test: Images, classes: tuple[str, ...], split_seed: int) -> Data:
@@ -256,120 +250,6 @@ def _cifar(folder: Path, name: str) -> tuple[Images, Images, tuple[str, ...]]:
         for part in parts
     )
     return train, test, tuple(parts[0].classes)
-
-
-def _class_folders(folder: Path, limit: int | None) -> tuple[Examples, Examples, tuple[str, ...]]:
-    """`train/<class>/*` and `test/<class>/*`; the classes are those of `train`."""
-    for part in ("train", "test"):
-        if not (folder / part).is_dir():
-            raise LotteryError(
-                f"{folder} has no folder {part!r}: an image folder holds train/<class>/ and test/<class>/"
-            )
-    classes = _classes(folder / "train")
-    for entry in sorted((folder / "test").iterdir()):
-        if _visible(entry) and entry.name not in classes:
-            raise LotteryError(
-                f"{entry} is no class of the training images: {folder / 'train'} has none of that name"
-            )
-    train = [
-        (file, label)
-        for label, name in enumerate(classes)
-        for file in _sample(_enough(folder / "train" / name, 2), limit)
-    ]
-    test = [(file, label) for label, name in enumerate(classes) for file in _files(folder / "test" / name)]
-    return train, test, classes
-
-
-def _one_folder(folder: Path, limit: int | None, seed: int) -> tuple[Examples, Examples, tuple[str, ...]]:
-    """`<class>/*`, a random tenth of each class for testing."""
-    classes = _classes(folder)
-    train: Examples = []
-    test: Examples = []
-    for label, name in enumerate(classes):
-        files = _enough(folder / name, 3)
-        random.Random(seed).shuffle(files)
-        held_out = max(1, round(TEST * len(files)))
-        test += [(file, label) for file in sorted(files[:held_out])]
-        train += [(file, label) for file in _sample(sorted(files[held_out:]), limit)]
-    return train, test, classes
-
-
-def _tiny_imagenet(folder: Path, limit: int | None) -> tuple[Examples, Examples, tuple[str, ...]]:
-    """As distributed: its test labels were never published, so its validation images are the test set, as is usual."""
-    if not (folder / "train").is_dir():
-        raise LotteryError(
-            f"{folder} has val/val_annotations.txt but no folder 'train': unpack Tiny-ImageNet anew"
-        )
-    classes = _classes(folder / "train")
-    label_of = {name: label for label, name in enumerate(classes)}
-    train = [
-        (file, label)
-        for name, label in label_of.items()
-        for file in _sample(_enough(folder / "train" / name / "images", 2), limit)
-    ]
-    annotations = folder / "val" / "val_annotations.txt"
-    test: Examples = []
-    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), 1):
-        fields = line.split("\t")
-        if not line.strip():
-            continue
-        if len(fields) < 2 or fields[1] not in label_of:
-            raise LotteryError(
-                f"{annotations}, line {number}, is not 'image<TAB>class of train/<TAB>...': {line!r}"
-            )
-        file = folder / "val" / "images" / fields[0]
-        if not file.is_file():
-            raise LotteryError(
-                f"{file} is missing, which {annotations.name} names: unpack Tiny-ImageNet anew"
-            )
-        test.append((file, label_of[fields[1]]))
-    if not test:
-        raise LotteryError(f"{annotations} names no images: unpack Tiny-ImageNet anew")
-    return train, test, classes
-
-
-def _classes(folder: Path) -> tuple[str, ...]:
-    classes = tuple(sorted(entry.name for entry in folder.iterdir() if _visible(entry) and entry.is_dir()))
-    if len(classes) < 2:
-        raise LotteryError(
-            f"{folder} holds {len(classes)} class folders; at least 2 are needed. Understood are CIFAR-10 and CIFAR-100 "
-            "as torchvision has them, Tiny-ImageNet as it is distributed, train/<class>/ and test/<class>/, or <class>/"
-        )
-    return classes
-
-
-def _enough(folder: Path, count: int) -> list[Path]:
-    files = _files(folder)
-    if len(files) < count:
-        needs = "to train and to validate" if count == 2 else "to train, to validate and to test"
-        images = "one image" if len(files) == 1 else f"{len(files)} images"
-        raise LotteryError(f"{folder} holds {images}; at least {count} are needed, {needs} on")
-    return files
-
-
-def _files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise LotteryError(f"{folder} is missing: every class of the training images needs a folder there")
-    files = sorted(entry for entry in folder.iterdir() if _visible(entry))
-    if not files:
-        raise LotteryError(f"{folder} holds no images")
-    for file in files:
-        if file.is_dir():
-            raise LotteryError(
-                f"{file} is a folder, where images of one class were looked for: is the layout another?"
-            )
-    return files
-
-
-def _sample(files: list[Path], limit: int | None) -> list[Path]:
-    """All files of a class, or a random choice that is always the same."""
-    if limit is None or limit >= len(files):
-        return files
-    return sorted(random.Random(SPLIT_SEED).sample(files, limit))
-
-
-def _visible(entry: Path) -> bool:
-    return not entry.name.startswith(".")
 
 
 def _limited(part: Images, limit: int) -> Images:

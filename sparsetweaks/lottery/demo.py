@@ -8,6 +8,7 @@ from pathlib import Path
 from sparsetweaks.lottery.config import Network, Recipe
 from sparsetweaks.lottery.experiment import Experiment, Source, compare
 from sparsetweaks.lottery.files import check_writable
+from sparsetweaks.lottery.grid import Engine, run_all
 from sparsetweaks.lottery.results import plot, read_rows, summarise
 
 NETWORK = Network("resnet8", width=8)  # small enough for 17 runs per seed in about two minutes
@@ -25,7 +26,7 @@ def demo(
     seeds: Sequence[int] = SEEDS,
     levels: int = LEVELS,
     recipe: Recipe = RECIPE,
-    processes: int = 1,
+    engine: Engine = run_all,
     on_run: Callable[[int, int], None] | None = None,
 ) -> tuple[Path, Path]:
     """Draw tickets of digits by iterative magnitude pruning, spend each as it is and with the tweaks, and draw the picture.
@@ -35,7 +36,7 @@ def demo(
         seeds: each with a network, tickets and trainings of its own.
         levels: of pruning, three fifths of what remains each.
         recipe: of every training.
-        processes: how many runs at a time.
+        engine: what runs the stages; see `compare`.
         on_run: called with the number of runs done and of all runs.
 
     Returns:
@@ -48,7 +49,7 @@ def demo(
     experiment = Experiment(
         NAMES, Source("digits"), NETWORK, recipe, levels, FRACTION, tuple(seeds), scales=SCALES
     )
-    compare(experiment, folder, processes=processes, on_run=on_run)
+    compare(experiment, folder, engine=engine, on_run=on_run)
     csv, png = folder / "results.csv", folder / "results.png"
     plot(summarise(read_rows(csv)), png)
     return csv, png

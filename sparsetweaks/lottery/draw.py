@@ -12,16 +12,10 @@ from pathlib import Path
 from sparsetweaks.lottery.config import LotteryError, Network, Recipe, Tweaks, key
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.files import State
-from sparsetweaks.lottery.spend import (
-    SCORED_PER_CLASS,
-    narrowed,
-    pruned_untrained,
-    rewinding_epoch,
-    run_key,
-    spend,
-)
+from sparsetweaks.lottery.spend import rewinding_epoch, run_key, spend
 from sparsetweaks.lottery.store import Ticket, dense_ticket, read_masks, save_ticket, ticket_path
 from sparsetweaks.lottery.train import Trained
+from sparsetweaks.lottery.tweaking import SCORED_PER_CLASS, narrowed, pruned_untrained
 
 UNTRAINED = ("random", "snip", "grasp", "synflow")  # what `prune` can do with an untrained network
 SCOPES = ("global", "layer", "erk")

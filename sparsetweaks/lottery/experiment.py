@@ -12,7 +12,7 @@ from typing import Any
 from sparsetweaks.lottery.config import LotteryError, Network, Recipe, Tweaks, variant
 from sparsetweaks.lottery.data import Data, load
 from sparsetweaks.lottery.draw import draw, draw_one_shot
-from sparsetweaks.lottery.grid import run_all
+from sparsetweaks.lottery.grid import Engine, run_all
 from sparsetweaks.lottery.results import BASELINE, append_row, read_rows
 from sparsetweaks.lottery.spend import row, spend
 from sparsetweaks.lottery.store import Ticket
@@ -70,7 +70,7 @@ def compare(
     folder: Path,
     *,
     device: str = "cpu",
-    processes: int = 1,
+    engine: Engine = run_all,
     on_run: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[Trained], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -80,29 +80,29 @@ def compare(
         experiment: what to compare.
         folder: for `tickets/`, `runs/` and `results.csv`, to which the rows are added.
         device: to train on.
-        processes: how many runs at a time.
+        engine: what runs the stages: `run_all`, here, one after the other; `partial(run_all, processes=2)`, or what
+            `on_ray` gives.
         on_run: called with the number of seeds drawn and runs done, and of all.
-        on_epoch: see `train`; for one process.
+        on_epoch: see `train`; it must pickle where the stages run elsewhere.
 
     Returns:
         The rows of this comparison.
     """
-    total, done = len(experiment.seeds) + experiment.spendings, 0
-    watch = on_epoch if processes == 1 else None
+    total, done, folder = len(experiment.seeds) + experiment.spendings, 0, folder.resolve()
     spending: list[Callable[[], dict[str, Any]]] = []
-    drawing = [partial(_draw, experiment, folder, device, seed, watch) for seed in experiment.seeds]
-    for tickets in run_all(drawing, processes=processes):
+    drawing = [partial(_draw, experiment, folder, device, seed, on_epoch) for seed in experiment.seeds]
+    for tickets in engine(drawing):
         cells = [(tickets[0], name) for name in experiment.dense]
         cells += [(ticket, name) for ticket in tickets[1:] for name in experiment.variants]
         spending += [
-            partial(_spend, experiment, folder, device, ticket, name, watch) for ticket, name in cells
+            partial(_spend, experiment, folder, device, ticket, name, on_epoch) for ticket, name in cells
         ]
         done += 1
         if on_run is not None:
             on_run(done, total)
     csv, rows = folder / "results.csv", []
     known = {(each["run"], each["variant"]) for each in read_rows(csv)}
-    for result in run_all(spending, processes=processes):
+    for result in engine(spending):
         if (result["run"], result["variant"]) not in known:
             append_row(csv, result)
         rows.append(result)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsetweaks.lottery.config import LotteryError
+from sparsetweaks.lottery.ranks import leads
 
 FORMAT = 2  # of the files; a reader refuses what it does not know
 LOCK = ".lock"
@@ -22,7 +23,7 @@ State = dict[str, Tensor]
 
 
 def save(path: Path, kind: str, header: Mapping[str, Any], groups: Mapping[str, State]) -> None:
-    """Write groups of tensors with a header, so that a file is there whole or not at all.
+    """Write groups of tensors with a header, so that a file is there whole or not at all; of several ranks, the first.
 
     Args:
         path: of the file; its folder is made.
@@ -35,6 +36,8 @@ def save(path: Path, kind: str, header: Mapping[str, Any], groups: Mapping[str, 
     """
     from safetensors.torch import save as to_bytes
 
+    if not leads():
+        return
     flat = {  # copies, as groups may share tensors: the best weights are often the last ones
         f"{group}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for group, state in groups.items()
@@ -54,6 +57,8 @@ def save(path: Path, kind: str, header: Mapping[str, Any], groups: Mapping[str, 
 def write(path: Path, content: bytes) -> None:
     """Replace a file's content in one step: whoever reads it, or is killed meanwhile, sees the old or the new.
 
+    Of the processes that `torchrun` starts, the first writes.
+
     Args:
         path: of the file; its folder is made.
         content: all of it.
@@ -61,6 +66,8 @@ def write(path: Path, content: bytes) -> None:
     Raises:
         LotteryError: when the folder cannot be written to, or the disk is full; what was there before stays.
     """
+    if not leads():
+        return
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,17 +138,21 @@ def check_writable(folder: Path) -> None:
     probe = folder / f".{os.getpid()}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        probe.write_bytes(b"0")  # a full disk still takes empty files
     except OSError as error:
         raise LotteryError(
             f"cannot write to {folder}: {error.strerror}; choose another with --out"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold a folder for this process, as two that train the same runs would undo each other's work.
+
+    Of the processes that `torchrun` starts, which share one training, the first holds it.
 
     The lock is the operating system's on the file `.lock`, which also says who holds it. It ends with its process,
     however that ends, so that a lock file that was left behind stops nobody.
@@ -152,6 +163,9 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         LotteryError: when another process holds it, or it cannot be written to.
     """
+    if not leads():
+        yield
+        return
     check_writable(folder)
     with (folder / LOCK).open("a+") as file:
         try:

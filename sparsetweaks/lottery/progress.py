@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
-from sparsetweaks.lottery.config import LotteryError
+from sparsetweaks.lottery.events import EventFiles
 from sparsetweaks.lottery.train import Trained
 
 LOG_SECONDS = 10.0  # between the lines of a log file
@@ -20,27 +17,25 @@ class Progress:
     Args:
         total: how many there are to be.
         unit: of what.
-        events: a folder for TensorBoard's event files; default: none.
+        events: TensorBoard's files to write to as well; default: none.
     """
 
-    def __init__(self, total: int, unit: str, *, events: Path | None = None) -> None:
+    def __init__(self, total: int, unit: str, *, events: EventFiles | None = None) -> None:
         from tqdm.auto import tqdm
 
         self.total, self.unit, self.done, self.counted = total, unit, 0, 0
         self.shown = sys.stderr.isatty() or "ipykernel" in sys.modules
         self.bar = tqdm(total=total, unit=unit, disable=not self.shown, leave=False)
         self.started = self.logged = time.monotonic()
-        self.events, self.writers = events, {}  # type: Path | None, dict[str, Any]
-        if events is not None and importlib.util.find_spec("tensorboard") is None:
-            raise LotteryError("event files need tensorboard: pip install tensorboard")
+        self.events = events
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        for writer in self.writers.values():
-            writer.close()
+        if self.events is not None:
+            self.events.close()
 
     def epoch(self, trained: Trained) -> None:
         """One more epoch of a training, where epochs are counted, for `on_epoch`."""
@@ -58,7 +53,7 @@ class Progress:
         elif time.monotonic() - self.logged >= LOG_SECONDS:
             self.line(f"{text}; {self.left()}")
         if self.events is not None:
-            self._write(trained)
+            self.events(trained)
 
     def reach(self, done: int) -> None:
         """At least so much is done: what was there already takes no epochs."""
@@ -86,17 +81,3 @@ class Progress:
             return "time left not known yet"
         seconds = (time.monotonic() - self.started) / self.counted * (self.total - self.done)
         return f"{seconds:.0f} s left" if seconds < 90 else f"{seconds / 60:.0f} min left"
-
-    def _write(self, trained: Trained) -> None:
-        assert self.events is not None
-        name = "".join(c if c.isalnum() else "-" for c in trained.title)
-        if name not in self.writers:
-            self.writers[name] = _summary_writer(self.events / name)
-        for tag, value in (("loss", trained.loss), ("best in validation", trained.validation)):
-            self.writers[name].add_scalar(tag, value, trained.epochs)
-
-
-def _summary_writer(folder: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder))

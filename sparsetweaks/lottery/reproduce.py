@@ -15,6 +15,7 @@ from sparsetweaks.lottery import demo
 from sparsetweaks.lottery.config import LotteryError, Network, Recipe
 from sparsetweaks.lottery.experiment import Experiment, Source, compare
 from sparsetweaks.lottery.files import write
+from sparsetweaks.lottery.grid import Engine, run_all
 from sparsetweaks.lottery.results import csv_of, picture, statistics, summarise, table
 from sparsetweaks.lottery.train import Trained
 
@@ -223,7 +224,7 @@ def reproduce(
     *,
     data: Sequence[str] = (),
     device: str = "cpu",
-    processes: int = 1,
+    engine: Engine = run_all,
     on_run: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[Trained], None] | None = None,
 ) -> str:
@@ -235,9 +236,9 @@ def reproduce(
         folder: for everything; what figures share in it is run once.
         data: folders of images, for presets that bring none.
         device: to train on.
-        processes: how many runs at a time.
+        engine: what runs the stages; see `compare`.
         on_run: called with the number of stages done and of all.
-        on_epoch: see `train`; for one process.
+        on_epoch: see `train`; it must pickle where the stages run elsewhere.
 
     Returns:
         The tables and the comparison, as text. `figures/FIGURE-PRESET.png`, `.csv` and `.txt` hold the same.
@@ -253,7 +254,7 @@ def reproduce(
             if on_run is not None:
                 on_run(before + done, total)
 
-        rows += compare(part, folder, device=device, processes=processes, on_run=so_far, on_epoch=on_epoch)
+        rows += compare(part, folder, device=device, engine=engine, on_run=so_far, on_epoch=on_epoch)
         before += len(part.seeds) + part.spendings
     told = comparison(figure, rows)
     settings = summarise(rows)

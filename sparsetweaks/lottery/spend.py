@@ -1,39 +1,32 @@
-"""Spending a ticket: retrain it, with tweaks or without, at a number of non-zero weights that is the same for all."""
+"""Spending a ticket: retrain it, with tweaks or without; one row of results per run."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparsetweaks.cost import cost
+from sparsetweaks.lottery import ranks
 from sparsetweaks.lottery.config import LotteryError, Recipe, Tweaks, key
-from sparsetweaks.lottery.data import Data, batches
-from sparsetweaks.lottery.files import State
+from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.store import Ticket
-from sparsetweaks.lottery.train import SEED_STRIDE, Trained, computes_in_bfloat16, load_trained, train
-from sparsetweaks.masks import apply_masks, find_masks
-from sparsetweaks.prunable import prunable_weights
-from sparsetweaks.pruning import prune
-from sparsetweaks.recipe.labels import SoftLabelLoss, distillation_loss
+from sparsetweaks.lottery.train import Trained, computes_in_bfloat16, load_trained, train
+from sparsetweaks.lottery.tweaking import tweaked
+from sparsetweaks.recipe.labels import distillation_loss
 from sparsetweaks.recipe.layer_scales import learn_layer_scales
-from sparsetweaks.surgery.activations import swap_activations
 from sparsetweaks.surgery.skips import inject_skips
 
 REWINDING = 33 / 180  # of the epochs: the paper, 4.1, where it says "18 %"
 AVERAGING = 0.75  # of the epochs, after which weights are averaged (Izmailov et al. 2018, 4.1)
 COUNTED = ("nonzeros", "added", "budget", "parameters", "nonzero_parameters", "flops", "effective_flops")
-SCORED_PER_CLASS = 10  # images that SNIP, GraSP and SynFlow see: as in GraSP's code
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def spend(
@@ -75,8 +68,9 @@ def spend(
     if rewind_epoch is None:
         rewind_epoch = 0 if ticket.level else rewinding_epoch(recipe)
     path = folder / f"{run_key(ticket, tweaks, recipe, seed=seed, rewind_epoch=rewind_epoch)}.safetensors"
-    if path.is_file() and (trained := load_trained(path)).test is not None:
-        return trained
+    kept = ranks.from_leader(lambda: load_trained(path) if path.is_file() else None)
+    if kept is not None and kept.test is not None:
+        return kept
     teacher = None
     if tweaks.distillation:
         at = ticket.late_epoch or rewinding_epoch(recipe)
@@ -148,118 +142,6 @@ def run_key(
     return key(ticket.identity, options, recipe, seed, rewind_epoch)
 
 
-def tweaked(
-    ticket: Ticket, tweaks: Tweaks, data: Data, recipe: Recipe, *, seed: int
-) -> tuple[nn.Module, Loss, dict[str, int]]:
-    """The masked network with its tweaks, and the loss to train it with, at the ticket's own number of non-zeros.
-
-    What a tweak adds, it pays for: for every non-zero that the skips bring, one more of the ticket's least important
-    weights is pruned, by what chose its masks. So a variant and the vanilla ticket have the same budget, and a gain is
-    one of the tweak, not of its size. Tweaks that are not `matched` pay nothing.
-
-    Args:
-        ticket: with its masks; a dense one (level 0) pays nothing.
-        tweaks: to make.
-        data: to learn the layer scales on.
-        recipe: for the batches of the layer scales.
-        seed: of those batches.
-
-    Returns:
-        The model, on the device of `data`; the loss; and `nonzeros` (surviving weights, of those that are pruned among),
-        `added` (what tweaks brought), `budget` (their sum), `parameters` (all there are, normalisation and classifier
-        too), `nonzero_parameters` (those that no mask removes), `flops` (of one image) and `effective_flops` (the same).
-
-    Raises:
-        LotteryError: when the tweaks add as much as survives, or more.
-    """
-    device = data.mean.device
-    model, masks = ticket.unmasked(tweaks.start), ticket.masks
-    if tweaks.skips is not None:
-        model = inject_skips(model, **tweaks.skips)
-        if masks and tweaks.matched and (extra := _added(model)):
-            masks = _paying(ticket, extra, data)
-    if tweaks.activation is not None:
-        model = swap_activations(model, tweaks.activation)
-    model.to(device).to(memory_format=torch.channels_last)
-    loss: Loss = nn.CrossEntropyLoss()
-    if tweaks.smoothing:
-        loss = SoftLabelLoss(tweaks.smoothing, tweaks.smoothing_form)
-
-    def scale(model: nn.Module) -> nn.Module:
-        with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(recipe, device)):
-            return learn_layer_scales(model, _endless(data, recipe, seed), loss=loss, **(tweaks.scales or {}))
-
-    if tweaks.scales is not None and tweaks.scales_on == "dense":
-        model = scale(model)
-    if masks:
-        model = apply_masks(model, masks)
-    if tweaks.scales is not None and tweaks.scales_on == "ticket":
-        model = scale(model)  # last, as the scales depend on the network that is trained
-    return model, loss, _counts(model, data)
-
-
-def _counts(model: nn.Module, data: Data) -> dict[str, int]:
-    masks, added = find_masks(model), _added(model)
-    weights = (
-        masks.values() or prunable_weights(model).values()
-    )  # of a dense network, all that pruning would take
-    survivors = sum(int(each.count_nonzero()) if masks else each.numel() for each in weights)
-    count = cost(model, data.normalise(data.test.images[:1]))
-    return {
-        "nonzeros": survivors,
-        "added": added,
-        "budget": survivors + added,
-        "parameters": count.parameters,
-        "nonzero_parameters": count.nonzeros,
-        "flops": count.flops,
-        "effective_flops": count.effective_flops,
-    }
-
-
-def narrowed(ticket: Ticket, data: Data, fraction: float) -> State:
-    """A ticket's masks without a fraction of what they keep: the least important, by what chose them.
-
-    Args:
-        ticket: whose masks; without any, all its prunable weights.
-        data: for methods that score on data.
-        fraction: of the remaining weights, in [0, 1).
-
-    Returns:
-        The masks.
-    """
-    if ticket.method in ("none", "imp", "omp", "file"):
-        scored = ticket.model("trained" if ticket.trained else "ticket")
-        masked = (
-            list(ticket.masks) or None
-        )  # masks from elsewhere may be of other weights than we would choose
-        return find_masks(prune(scored, fraction, of="remaining", include=masked))
-    return pruned_untrained(ticket.model(), ticket, data, ticket.method, fraction, of="remaining")
-
-
-def pruned_untrained(
-    model: nn.Module, ticket: Ticket, data: Data, method: str, sparsity: float, **options: Any
-) -> State:
-    """Masks by one of `prune`'s methods that need no training, on ten training images per class.
-
-    Args:
-        model: to prune.
-        ticket: for the seed of the choice.
-        data: to choose the images from.
-        method, sparsity, options: as in `prune`.
-
-    Returns:
-        The masks.
-    """
-    generator = torch.Generator().manual_seed(ticket.seed)
-    labels = data.train.labels.cpu()
-    order = torch.randperm(len(labels), generator=generator)
-    index = torch.cat([order[labels[order] == label][:SCORED_PER_CLASS] for label in labels.unique()])
-    part = data.train[index.to(data.train.labels.device)]
-    batch = data.normalise(part.images).cpu(), part.labels.cpu()
-    pruned = prune(model, sparsity, method=method, batch=batch, generator=generator, **options)  # type: ignore[arg-type]
-    return find_masks(pruned)
-
-
 def row(
     ticket: Ticket, name: str, tweaks: Tweaks, data: Data, recipe: Recipe, trained: Trained, *, seed: int
 ) -> dict[str, Any]:
@@ -316,6 +198,8 @@ def surroundings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
         Values by column.
     """
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    if ranks.count() > 1:
+        hardware = f"{ranks.count()} x {hardware}"
     return {
         "precision": "bfloat16" if computes_in_bfloat16(recipe, device) else "float32",
         "compiled": recipe.compile,
@@ -335,22 +219,6 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
     """Keyword options with their defaults: a run made before a default changed is not one made after it."""
     options = inspect.signature(function).parameters.values()
     return {option.name: option.default for option in options if option.kind is option.KEYWORD_ONLY}
-
-
-def _added(model: nn.Module) -> int:
-    """How many parameters the tweaks brought, all of them non-zero once trained."""
-    found = (module for module in model.modules() if getattr(module, "added_by_tweak", False))
-    return sum(parameter.numel() for parameter in {p for module in found for p in module.parameters()})
-
-
-def _paying(ticket: Ticket, count: int, data: Data) -> State:
-    """The ticket's masks without its `count` least important weights."""
-    if count >= ticket.nonzeros:
-        raise LotteryError(
-            f"the skips add {count} parameters, and only {ticket.nonzeros} weights survive to pay for them: "
-            'choose skips that add fewer, such as shortcut="pad", or compare without matching (+unmatched)'
-        )
-    return narrowed(ticket, data, count / ticket.nonzeros)
 
 
 def _dense_network(
@@ -380,10 +248,3 @@ def _dense_network(
 def _title(ticket: Ticket, name: str, seed: int) -> str:
     sparse = f"level {ticket.level}, {100 * ticket.sparsity:.1f} % sparse" if ticket.level else "dense"
     return f"{ticket.network.name} on {ticket.data}, seed {seed}, {sparse}, {name}"
-
-
-def _endless(data: Data, recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Unaugmented batches for as long as they are asked for, of half the size, as two of them make a training step."""
-    for epoch in itertools.count():
-        generator = torch.Generator(data.mean.device).manual_seed(seed * SEED_STRIDE + epoch)
-        yield from batches(data.train, data, size=recipe.batch_size // 2, padding=0, generator=generator)

@@ -1,4 +1,4 @@
-"""The one training loop: any model, any loss, masked or dense, on a CPU or a GPU."""
+"""The one training loop: any model, any loss, masked or dense, on a CPU or a GPU, in one process or several."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from sparsetweaks.keeping import keep_masks
+from sparsetweaks.lottery import ranks
 from sparsetweaks.lottery.config import LotteryError, Recipe
 from sparsetweaks.lottery.data import Data, Images, batches
 from sparsetweaks.lottery.files import State, load, save
@@ -62,6 +63,10 @@ def train(
 ) -> Trained:
     """Train `model` in place, its masks kept, and report the test accuracy of its best epoch in validation.
 
+    Under `torchrun` (see `ranks.joined`) each process takes its share of every batch, the same images as one process
+    would, and all end with equal weights and masks. A gradient is then the mean of the shares' gradients: without
+    BatchNorm that of one process, but for rounding; with it not, as each share is normalised by its own statistics.
+
     Args:
         model: any classifier; moved to the device of `data`; left with the weights of the best epoch.
         data: from `load`.
@@ -81,7 +86,8 @@ def train(
         Accuracies, weights and times.
 
     Raises:
-        LotteryError: when the loss is not finite, at the end of the epoch in which that happened.
+        LotteryError: when the loss is not finite, at the end of the epoch in which that happened, or when batches cannot
+            be shared equally.
 
     Example:
         >>> from sparsetweaks.lottery.config import Network
@@ -94,7 +100,10 @@ def train(
     device = data.mean.device
     loss = nn.CrossEntropyLoss() if loss is None else loss
     model.to(device).to(memory_format=torch.channels_last)
-    forward = torch.compile(model) if recipe.compile else model
+    ranks.check_batch(min(recipe.batch_size, len(data.train)))
+    parallel = ranks.wrapped(model)
+    mode = recipe.compile if isinstance(recipe.compile, str) else None
+    forward = torch.compile(parallel, mode=mode) if recipe.compile else parallel
     teach = None if teacher is None else teacher.to(device).to(memory_format=torch.channels_last).eval()
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -105,9 +114,11 @@ def train(
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(recipe, device))
     padding = round(recipe.crop_padding * data.train.images.shape[-1])
     steps = max(1, len(data.train) // recipe.batch_size)  # per epoch
-    done = _resumed(checkpoint, model, optimizer) or Trained(
-        note=note or {}, weights={"rewind": _copy(model)}
-    )
+    kept = ranks.from_leader(lambda: _kept(checkpoint))
+    if kept is None:
+        done = Trained(note=note or {}, weights={"rewind": _copy(model)})
+    else:
+        done = _resumed(*kept, model, optimizer)
     done.title, done.total = title, recipe.epochs
     save_if_due = _saver(checkpoint, done, optimizer, model)
 
@@ -122,7 +133,8 @@ def train(
             ):
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.learning_rate * schedule(epoch + step / steps, recipe)
-                images = images.contiguous(memory_format=torch.channels_last)
+                ours = ranks.share(len(labels))
+                images, labels = images[ours].contiguous(memory_format=torch.channels_last), labels[ours]
                 with autocast:
                     logits = forward(images)
                 value = _objective(loss, teach, logits, labels, images, autocast)
@@ -130,15 +142,18 @@ def train(
                 value.backward()
                 optimizer.step()
                 total += value.detach()
-            done.loss = total.item() / steps  # asked once an epoch, as the answer waits for the device
+            done.loss = (
+                ranks.total(total).item() / ranks.count() / steps
+            )  # once an epoch: it waits for the device
             if not math.isfinite(done.loss):
                 raise LotteryError(
                     f"the loss became {done.loss} in epoch {epoch + 1}: lower the learning rate, or warm up"
                 )
             done.seconds += time.perf_counter() - started
             done.epochs, done.steps = epoch + 1, done.steps + steps
+            ranks.average_statistics(model)
             with autocast:
-                validation = accuracy(model, data.validation, data)
+                validation = _accuracy_of_all(model, data.validation, data)
             done.weights["last"] = _copy(model)
             if validation > done.validation:
                 done.validation, done.best_epoch = validation, epoch + 1
@@ -155,7 +170,7 @@ def train(
             _use_average(done, model, data, recipe, autocast)
         model.load_state_dict(done.weights["best"])
         with autocast:
-            done.test = accuracy(model, data.test, data)
+            done.test = _accuracy_of_all(model, data.test, data)
         done.weights.pop("average", None)
         _save(checkpoint, done)
     model.load_state_dict(done.weights["best"])
@@ -193,7 +208,7 @@ def _use_average(
     model.load_state_dict(done.weights["average"])
     with autocast:
         refresh_statistics(model, data, size=recipe.batch_size)
-        done.validation, done.best_epoch = accuracy(model, data.validation, data), done.epochs
+        done.validation, done.best_epoch = _accuracy_of_all(model, data.validation, data), done.epochs
     done.weights["best"] = _copy(model)
 
 
@@ -261,18 +276,26 @@ def accuracy(model: nn.Module, part: Images, data: Data, *, size: int = 1000) ->
         >>> 0 <= accuracy(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), data.test, data) <= 1
         True
     """
+    return float(_right(model, part, data, size)) / len(part)
+
+
+def _accuracy_of_all(model: nn.Module, part: Images, data: Data) -> float:
+    """The same, of which each process does its share."""
+    right = _right(model, part[ranks.share(len(part))], data, 1000)
+    return float(ranks.total(right)) / len(part)
+
+
+def _right(model: nn.Module, part: Images, data: Data, size: int) -> Tensor:
+    """How many images a model gets right."""
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        right = sum(
-            (
-                model(data.normalise(images).contiguous(memory_format=torch.channels_last)).argmax(1)
-                == labels
-            ).sum()
-            for images, labels in zip(part.images.split(size), part.labels.split(size), strict=True)
-        )
+        right = torch.zeros((), dtype=torch.long, device=part.labels.device)
+        for images, labels in zip(part.images.split(size), part.labels.split(size), strict=True):
+            logits = model(data.normalise(images).contiguous(memory_format=torch.channels_last))
+            right += (logits.argmax(1) == labels).sum()
     model.train(was_training)
-    return float(right) / len(part)
+    return right
 
 
 def computes_in_bfloat16(recipe: Recipe, device: torch.device) -> bool:
@@ -370,11 +393,13 @@ def _save(
     save(checkpoint, "training", header, groups)
 
 
-def _resumed(checkpoint: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> Trained | None:
+def _kept(checkpoint: Path | None) -> tuple[Trained, State] | None:
+    """What a training that was cut off, or is finished, has left."""
+    return None if checkpoint is None or not checkpoint.is_file() else _read(checkpoint)
+
+
+def _resumed(done: Trained, momentum: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> Trained:
     """Put weights and momentum back as they were after the last epoch that was kept."""
-    if checkpoint is None or not checkpoint.is_file():
-        return None
-    done, momentum = _read(checkpoint)
     model.load_state_dict(done.weights["last"])
     for name, parameter in model.named_parameters():
         if name in momentum:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 
 from sparsetweaks.lottery import cli
 from sparsetweaks.lottery.config import Recipe
+from sparsetweaks.lottery.grid import run_all
 from sparsetweaks.lottery.reproduce import PRESETS
 from sparsetweaks.lottery.store import load_ticket
 
@@ -151,11 +154,57 @@ def test_a_figure_by_the_command_line(monkeypatch, tmp_path: Path, capsys) -> No
         (["reproduce", "2"], 1, "unknown figure '2'; choose from 1a"),
         (["reproduce", "4a", "--preset", "paper"], 1, "needs --data"),
         (["reproduce", "4a", "--device", "cuda:99"], 1, "cannot train on the device 'cuda:99'"),
+        (
+            ["reproduce", "4a", "--gpus-per-run", "0.25"],
+            1,
+            "--gpus-per-run and --ray-address are for --engine",
+        ),
+        (
+            ["reproduce", "4a", "--ray-address", "auto"],
+            1,
+            "--gpus-per-run and --ray-address are for --engine",
+        ),
+        (["reproduce", "4a", "--engine", "ray", "--processes", "2"], 1, "--processes is for --engine local"),
+        (["reproduce", "4a", "--engine", "ray", "--device", "cuda:1"], 1, "Ray says which: not 'cuda:1'"),
+        (
+            ["reproduce", "4a", "--engine", "ray", "--device", "cpu", "--gpus-per-run", "0.5"],
+            1,
+            "--gpus-per-run is for --device cuda",
+        ),
     ],
 )
 def test_what_a_user_can_put_right_is_one_line(monkeypatch, tmp_path, capsys, words, code, message) -> None:
     assert run(monkeypatch, *words, "--out", tmp_path / "out") == code
     assert message in one_line(capsys.readouterr().err)
+
+
+def test_a_figure_runs_on_the_engine_that_is_asked_for(monkeypatch, tmp_path: Path, capsys) -> None:
+    asked = []
+
+    @contextlib.contextmanager
+    def on_ray(**options: object) -> Iterator[object]:
+        asked.append(options)
+        yield run_all
+
+    preset = replace(PRESETS["digits"], recipe=Recipe(epochs=1, batch_size=64), levels=1, seeds=(0,))
+    monkeypatch.setitem(PRESETS, "digits", preset)
+    monkeypatch.setattr("sparsetweaks.lottery.options.on_ray", on_ray)
+    words = [
+        "reproduce",
+        "1c",
+        "--engine",
+        "ray",
+        "--ray-address",
+        "auto",
+        "--threads-per-run",
+        1,
+        "--out",
+        tmp_path,
+    ]
+    assert run(monkeypatch, *words, "--device", "cpu", "--tensorboard") == 0
+    assert asked == [{"address": "auto", "gpus": 0.0, "threads": 1}]
+    assert "Figure 1c, resnet8" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("events/*/events.out.tfevents.*"))) == 4  # one per training
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,33 @@ def test_flip_mirrors_about_half_of_the_images() -> None:
     assert {tuple(each.flatten().tolist()) for each in flipped} == {(1, 2, 3, 4), (2, 1, 4, 3)}
 
 
+@pytest.mark.parametrize("shape", [(5, 1, 8, 8), (7, 3, 9, 13)])
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("flip", [False, True])
+def test_images_come_out_as_if_one_by_one(shape: tuple[int, ...], padding: int, flip: bool) -> None:
+    images = torch.randint(256, shape, dtype=torch.uint8)
+    before = images.clone()
+    augmented = augment(images, padding=padding, flip=flip, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(images, before)
+    draws, (count, _, height, width) = torch.Generator().manual_seed(3), shape
+    down, right = torch.zeros(2, count, dtype=torch.long)
+    if padding:
+        down, right = torch.randint(2 * padding + 1, (2, count), generator=draws)
+    mirrored = torch.randint(2, (count,), generator=draws) if flip else torch.zeros(count)
+    for i in range(count):
+        padded = torch.nn.functional.pad(images[i], (padding,) * 4)
+        one = padded[:, down[i] : down[i] + height, right[i] : right[i] + width]
+        assert torch.equal(augmented[i], one.flip(-1) if mirrored[i] else one)
+
+
+def test_normalising_leaves_the_images_alone() -> None:
+    data = load("digits")
+    pixels = data.test.images.float()
+    before = pixels.clone()
+    data.normalise(pixels)
+    assert torch.equal(pixels, before)
+
+
 def test_batches_depend_on_their_generator_alone() -> None:
     data, state = load("digits"), torch.get_rng_state()
     first, second = (

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import pickle
 import sys
+from pathlib import Path
 
 import pytest
 
 from sparsetweaks.lottery import progress
 from sparsetweaks.lottery.config import LotteryError
+from sparsetweaks.lottery.events import EventFiles
 from sparsetweaks.lottery.progress import Progress
 from sparsetweaks.lottery.train import Trained
 
@@ -71,24 +74,41 @@ def test_runs_are_counted(clock: list[float], capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.splitlines() == ["1 of 5 runs; 7 min left", "5 of 5 runs; 0 s left"]
 
 
-def test_event_files_are_written_or_asked_for(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = []
+# TensorBoard's own code warns of what newer versions of its libraries will not have
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_event_files_are_read_back_by_tensorboard(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with Progress(8, "epoch", events=EventFiles(tmp_path / "events")) as shown:
+        for epoch in (1, 2):
+            shown.epoch(trained(epoch, "a, b"))
+        pickle.loads(pickle.dumps(shown.events))(trained(1, "elsewhere"))  # open files are not sent
+        for epoch in (3, 4):
+            shown.epoch(trained(epoch, "a, b"))
+        shown.epoch(trained(1, "cut off"))
+    assert sorted(folder.name for folder in (tmp_path / "events").iterdir()) == [
+        "a--b",
+        "cut-off",
+        "elsewhere",
+    ]
+    for name, epochs in (("a--b", [1, 2, 3, 4]), ("cut-off", [1]), ("elsewhere", [1])):
+        read = accumulator.EventAccumulator(str(tmp_path / "events" / name)).Reload()
+        assert [event.step for event in read.Scalars("loss")] == epochs
+        assert {event.value for event in read.Scalars("loss")} == {0.5}
+        assert [event.value for event in read.Scalars("best in validation")] == pytest.approx(
+            [0.925] * len(epochs)
+        )
 
-    class Writer:
-        def __init__(self, folder: str) -> None:
-            written.append(folder)
 
-        def add_scalar(self, *values: object) -> None:
-            written.append(values)
-
-        def close(self) -> None:
-            written.append("closed")
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr(progress, "_summary_writer", lambda folder: Writer(folder.name))
-    with Progress(2, "epoch", events=tmp_path / "events") as shown:
-        shown.epoch(trained(1, "a, b"))
-    assert written == ["a--b", ("loss", 0.5, 1), ("best in validation", 0.925, 1), "closed"]
+def test_without_tensorboard_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(LotteryError, match="event files need tensorboard: pip install tensorboard"):
-        Progress(2, "epoch", events=tmp_path / "events")
+    with pytest.raises(LotteryError, match=r'pip install "sparsetweaks\[tensorboard\]"'):
+        EventFiles(tmp_path / "events")
+
+
+def test_a_notebook_gets_a_bar_as_well(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    with Progress(2, "epoch") as shown:
+        shown.epoch(trained(1))
+        assert not shown.bar.disable
+        assert shown.bar.n == 1
+    capsys.readouterr()

@@ -9,10 +9,12 @@ import io
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +90,15 @@ def assert_same(one: Path, other: Path) -> None:
     assert rows_one == rows_other
     assert len(rows_one) == 1 + 2 * 3
     assert files_one.keys() == files_other.keys()
-    for name, (header, groups) in files_one.items():
-        assert header == files_other[name][0], name
+    assert_same_files(files_one, files_other)
+
+
+def assert_same_files(some: dict[str, Any], others: dict[str, Any]) -> None:
+    for name, (header, groups) in some.items():
+        assert header == others[name][0], name
         for group, tensors in groups.items():
             for key, tensor in tensors.items():
-                assert torch.equal(tensor, files_other[name][1][group][key]), (name, group, key)
+                assert torch.equal(tensor, others[name][1][group][key]), (name, group, key)
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +239,76 @@ def test_what_was_there_stays_when_the_disk_is_full(tmp_path: Path, monkeypatch:
         files.save(tmp_path / "a", "ticket", {}, {"masks": {"x": torch.zeros(3)}})
     assert (tmp_path / "a").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system itself refuses what goes beyond so many bytes, in the middle of a write, as a full disk does."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@posix
+def test_what_the_system_refuses_to_write_is_said_and_written_later(
+    undisturbed, tmp_path: Path, capsys
+) -> None:
+    whole, _ = undisturbed
+    with largest_file(50_000):  # enough for the dense ticket, and not for a training
+        sys.argv = ["sparsetweaks", *map(str, [*DRAW, "--out", tmp_path])]
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"sparsetweaks: cannot write .*/runs/.*: File too large; what was finished before is kept", last
+    )
+    assert not list(tmp_path.rglob("*.partial"))
+    assert len(list(tmp_path.glob("tickets/*"))) == 1
+    assert not list(tmp_path.glob("runs/*"))
+    assert command(*DRAW, "--out", tmp_path) == 0
+    drawn, _ = content(tmp_path)
+    assert len(drawn) == 3 + 2  # tickets, and trainings of the first two
+    assert_same_files(drawn, content(whole)[0])
+
+
+@posix
+def test_a_row_that_the_system_cuts_off_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    rows = [{"run": f"{i}", "variant": "AT", "test": "0.5"} for i in range(2)]
+    append_row(path, rows[0])
+    with (
+        largest_file(path.stat().st_size + 3),
+        pytest.raises(LotteryError, match=r"cannot write .*rows.csv: File too large; what was finished"),
+    ):
+        append_row(path, rows[1])
+    assert path.read_bytes()[-3:] == b"1,A"
+    assert read_rows(path) == rows[:1]
+    append_row(path, rows[1])
+    assert read_rows(path) == rows
+
+
+@posix
+def test_a_disk_that_is_full_before_the_start_is_found_before_the_training(tmp_path: Path) -> None:
+    with largest_file(0), pytest.raises(LotteryError, match=r"cannot write to .*: File too large"):
+        files.check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    files.check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@posix
+def test_the_list_of_commands_too_says_what_it_could_not_write(tmp_path: Path) -> None:
+    with (
+        largest_file(10),
+        pytest.raises(LotteryError, match=r"cannot write .*commands.jsonl: File too large"),
+    ):
+        commands._log(tmp_path, "draw", {}, Recipe())
 
 
 @pytest.mark.parametrize("cut", [1, 5])

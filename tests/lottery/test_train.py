@@ -50,6 +50,16 @@ def test_digits_are_learned(precision: str) -> None:
     assert train(model, load("digits"), recipe, seed=0).test > 0.7  # 0.93 and 0.91; by chance 0.1
 
 
+@pytest.mark.parametrize(
+    ("said", "mode"), [(False, "none"), (True, None), ("reduce-overhead", "reduce-overhead")]
+)
+def test_the_network_is_compiled_as_told(digits: Data, monkeypatch: pytest.MonkeyPatch, said, mode) -> None:
+    modes = []
+    monkeypatch.setattr("torch.compile", lambda model, mode: modes.append(mode) or model)
+    train(model_of(), digits, replace(RECIPE, epochs=1, compile=said), seed=0)
+    assert modes == ([] if mode == "none" else [mode])
+
+
 def test_training_depends_on_its_seed_alone(digits: Data) -> None:
     state = torch.get_rng_state()
     runs = [train(model_of(), digits, RECIPE, seed=seed) for seed in (0, 0, 1)]
@@ -223,6 +233,7 @@ def test_the_schedule_is_that_of_the_paper() -> None:
         (lambda: Recipe(epochs=0), "at least 1 epoch"),
         (lambda: Recipe(learning_rate=0), "learning_rate must be positive"),
         (lambda: Recipe(precision="half"), "precision must be"),
+        (lambda: Recipe(compile="fast"), "compile must be a bool or one of default, reduce-overhead"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong, message: str) -> None:
