@@ -14,6 +14,7 @@ from sparsetweaks.lottery.config import VARIANTS, LotteryError
 from sparsetweaks.lottery.files import hold, write
 
 BASELINE = "vanilla"
+COLOURS = 128  # of a picture
 DRAWN = {
     "imp": "iterative magnitude pruning",
     "omp": "one-shot magnitude pruning",
@@ -23,7 +24,7 @@ _T_975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-_LOOK = {  # colours of Okabe and Ito, told apart by colour-blind readers; markers for those who print in grey
+LOOK = {  # colours of Okabe and Ito, told apart by colour-blind readers; markers for those who print in grey
     "vanilla": ("#000000", "o"),
     "AT": ("#0072B2", "s"),
     "TRT": ("#E69F00", "^"),
@@ -34,7 +35,7 @@ _LOOK = {  # colours of Okabe and Ito, told apart by colour-blind readers; marke
     "scales": ("#8C6BB1", "<"),
     "smoothing": ("#A6761D", ">"),
 }
-_OTHERS = ("#D55E00", "#56B4E9", "#CC79A7", "#8C6BB1", "#A6761D", "#666666", "#117733", "#882255")  # by place
+OTHERS = ("#D55E00", "#56B4E9", "#CC79A7", "#8C6BB1", "#A6761D", "#666666", "#117733", "#882255")  # by place
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -262,7 +263,7 @@ def table(summary: Summary, *, over: str = BASELINE) -> str:
     seeds = sorted({len(cell.by_seed) for cells in summary.values() for cell in cells.values()})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     note = f"mean ± half of the 95 % t-interval over {count} seeds; gains are paired by seed"
-    return "\n\n".join([_grid(lines), *([_grid(gains)] if len(gains) > 1 else []), note])
+    return "\n\n".join([grid_of(lines), *([grid_of(gains)] if len(gains) > 1 else []), note])
 
 
 def plot(settings: Mapping[str, Summary], path: Path) -> None:
@@ -295,12 +296,29 @@ def picture(settings: Mapping[str, Summary]) -> bytes:
     drawn = {title: summary for title, summary in settings.items() if any(summary)}
     if not drawn:
         raise LotteryError("there are no results of sparse networks to draw yet")
-    figure = Figure(figsize=(8.5 * len(drawn), 8), layout="constrained", dpi=150)
+    wide = 8.5 if len(drawn) == 1 else 6.2
+    figure = Figure(figsize=(wide * len(drawn), 8), layout="constrained", dpi=120)
     panels = figure.subplots(2, len(drawn), squeeze=False, sharex="col", height_ratios=(3, 2))
     for accuracies, gains, (title, summary) in zip(*panels, drawn.items(), strict=True):
         _panel(accuracies, gains, title, summary)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
+    return png_of(figure)
+
+
+def png_of(figure: Any) -> bytes:
+    """A figure of matplotlib's as a small PNG: of 128 colours, as flat surfaces and thin lines need no more.
+
+    Args:
+        figure: to be drawn.
+
+    Returns:
+        The content of the file.
+    """
+    from PIL import Image
+
+    drawn, content = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    image = Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    image.save(content, format="png", optimize=True)
     return content.getvalue()
 
 
@@ -364,7 +382,7 @@ def _panel(accuracies: Any, gains: Any, title: str, summary: Summary) -> None:
 
 
 def _line_of(axes: Any, name: str, place: int, aside: float, cells: Mapping[float, Cell]) -> None:
-    colour, marker = _LOOK.get(name, (_OTHERS[place % len(_OTHERS)], "hpd8*"[place % 5]))
+    colour, marker = LOOK.get(name, (OTHERS[place % len(OTHERS)], "hpd8*"[place % 5]))
     at = [100 * (1 - sparsity) * aside for sparsity in cells]
     means = [cell.mean for cell in cells.values()]
     widths = [cell.interval or 0.0 for cell in cells.values()]
@@ -382,7 +400,15 @@ def _text(cell: Cell | None, sign: str) -> str:
     )
 
 
-def _grid(lines: list[list[str]]) -> str:
+def grid_of(lines: list[list[str]]) -> str:
+    """Lines of cells as a table in text (and Markdown), the first its head.
+
+    Args:
+        lines: of equal length.
+
+    Returns:
+        The text.
+    """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * (width + 2) for width in widths]
     text = [
