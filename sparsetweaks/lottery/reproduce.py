@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,7 +251,7 @@ def verdict(claim: Claim, gain: float, interval: float | None) -> str:
 
 
 def overview(folder: Path) -> str:
-    """Every figure and preset: how many trainings and epochs it takes by itself, and whether it is done.
+    """Every figure and preset: how many trainings it takes by itself, how long about, and whether it is done.
 
     Args:
         folder: where results may be.
@@ -258,14 +259,46 @@ def overview(folder: Path) -> str:
     Returns:
         A table as text. Trainings that figures share count for each of them here, and are run once.
     """
-    lines = [f"{'figure':8}{'preset':16}{'trainings':>10}{'epochs':>9}{'done':>6}  what"]
+    lines = [f"{'figure':8}{'preset':16}{'trainings':>10}{'epochs':>9}{'one thread':>14}{'done':>6}  what"]
     for name, figure in FIGURES.items():
         for preset, size in PRESETS.items():
-            parts = experiments(name, preset, () if size.sources else ("",) * (3 if figure.sources else 1))
+            folders = ("first", "second", "third") if figure.sources else ("first",)
+            parts = experiments(name, preset, () if size.sources else folders)
             trainings = sum(part.spendings for part in parts)  # drawing trains some of these, and no others
             done = "yes" if (folder / "figures" / f"{name}-{preset}.png").is_file() else "no"
             lines.append(
-                f"{name:8}{preset:16}{trainings:>10}{trainings * size.recipe.epochs:>9}{done:>6}  {figure.title}"
+                f"{name:8}{preset:16}{trainings:>10}{trainings * size.recipe.epochs:>9}"
+                f"{_duration(trainings * size.seconds):>14}{done:>6}  {figure.title}"
             )
-    lines += ["", *(f"{preset}: {size.words}" for preset, size in PRESETS.items())]
+    for preset, size in PRESETS.items():
+        parts = [
+            part for name in FIGURES for part in experiments(name, preset, () if size.sources else ("",))
+        ]
+        together = len(set().union(*map(_cells, parts)))
+        lines += ["", f"{preset}: {size.words}"]
+        lines.append(
+            f"    all figures{'' if size.sources else ' of one data set'} together: {together:,} trainings, about "
+            f"{_duration(together * size.seconds)} on one thread of an AMD EPYC"
+        )
     return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    """A time in the unit that suits it.
+
+    Example:
+        >>> _duration(90), _duration(9_000), _duration(900_000)
+        ('2 min', '2.5 h', '10 days')
+    """
+    if seconds < 3600:
+        return f"{math.ceil(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:,.0f} days"
+
+
+def _cells(part: Experiment) -> set[tuple[Any, ...]]:
+    """What a comparison trains, in terms that are equal where figures share it."""
+    levels = part.spent or range(1, part.levels + 1)
+    cells = [(0, "", name) for name in part.dense]
+    cells += [(level, part.drawing, name) for level in levels for name in part.variants]
+    cells += [(level, part.drawing, "vanilla") for level in range(1, max(levels)) if part.drawing == "imp"]
+    return {(part.source, part.network, seed, *cell) for seed in part.seeds for cell in cells}

@@ -14,6 +14,18 @@ from sparsetweaks.lottery.config import VARIANTS, LotteryError
 from sparsetweaks.lottery.files import hold, write
 
 BASELINE = "vanilla"
+SUMMARISED = (
+    "data",
+    "architecture",
+    "width",
+    "epochs",
+    "image_size",
+    "train_images",
+    "sparsity",
+    "variant",
+    "seed",
+    "test",
+)  # columns that `summarise` needs
 COLOURS = 128  # of a picture
 DRAWN = {
     "imp": "iterative magnitude pruning",
@@ -137,6 +149,9 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Summary]:
     Returns:
         By the setting's title: by sparsity and variant, the test accuracies by seed.
 
+    Raises:
+        LotteryError: for rows of another version, which lack a column.
+
     Example:
         >>> row = {"data": "digits", "architecture": "resnet8", "width": 8, "epochs": 2, "image_size": 8, "train_images": 99}
         >>> rows = [{**row, "sparsity": 0.5, "variant": "AT", "seed": seed, "test": 0.9 + seed / 10} for seed in (0, 1)]
@@ -144,6 +159,12 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Summary]:
         95.0
     """
     rows = list(rows)
+    missing = [name for name in SUMMARISED if any(name not in row for row in rows)]
+    if missing:
+        raise LotteryError(
+            f"these results say no {', '.join(missing)}: another version of sparsetweaks wrote them; choose another folder "
+            "with --out, or move results.csv away and give the command again, which reads its runs back"
+        )
     recipes: dict[str, set[str]] = {}  # of each title
     ways: dict[
         str, set[str]
@@ -361,21 +382,23 @@ def _panel(accuracies: Any, gains: Any, title: str, summary: Summary) -> None:
         over = {s: cell.over(summary[s][BASELINE]) for s, cell in cells.items() if BASELINE in summary[s]}
         if name != BASELINE:
             _line_of(gains, name, place, aside, {s: cell for s, cell in over.items() if cell is not None})
-    accuracies.set(title=title, ylabel="test accuracy, %")
+    accuracies.set_title(title.replace(", on ", "\non ").replace("), ", "),\n"), fontsize=11)
+    accuracies.set_ylabel("test accuracy, %")
     gains.set(
         ylabel="points gained over vanilla", xlabel="sparsity: weights removed, % (log scale of what remains)"
     )
     gains.set_xscale("log")
     gains.invert_xaxis()
     gains.set_xticks(
-        [100 * (1 - sparsity) for sparsity in sparse], [f"{100 * sparsity:.4g}" for sparsity in sparse]
+        [100 * (1 - sparsity) for sparsity in sparse], [f"{100 * sparsity:.3g}" for sparsity in sparse]
     )
     for axes in (accuracies, gains):
         axes.minorticks_off()
         axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    accuracies.set_ylim(top=min(accuracies.get_ylim()[1], 100.5))  # an interval may reach beyond what can be
+    low, high = accuracies.get_ylim()
+    accuracies.set_ylim(max(low, -0.5), min(high, 100.5))  # an interval may reach beyond what can be
     handles, labels = accuracies.get_legend_handles_labels()
     place_below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 5}
     gains.legend(handles, labels, title="mean and 95 % interval over seeds", frameon=False, **place_below)
