@@ -10,10 +10,13 @@ import re
 import sys
 from pathlib import Path
 
-from sparsetweaks.lottery.results import read_rows, summarise, table
+from sparsetweaks.lottery.figures import FIGURES
+from sparsetweaks.lottery.results import grid_of, read_rows, read_table, summarise, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+PICTURES = Path(__file__).parent / "figures"
+FEW = ": so few seeds show no difference beyond noise"
 
 
 def real_images() -> str:
@@ -45,7 +48,44 @@ def real_images() -> str:
     )
 
 
-SECTIONS = {"real images": real_images}
+def paper_and_ours() -> str:
+    """For each figure what the paper says, what came out at the digits preset, and whether that agrees."""
+    lines, settings = [["figure", "the paper says that", "here", "verdict"]], set()
+    for figure, drawn in FIGURES.items():
+        found: dict[str, list[dict[str, str]]] = {}
+        for row in read_table(PICTURES / f"{figure}-digits.claims.csv"):
+            found.setdefault(row["paper"], []).append(row)
+        name = f"[{figure}](experiments/figures/{figure}-digits.png) {drawn.title}"
+        for said, rows in found.items():
+            ours = "; ".join(_told(row, several=len(rows) > 1) for row in rows)
+            verdicts = "; ".join(dict.fromkeys(row["verdict"].replace(FEW, "") for row in rows))
+            lines.append([name, said or "(nothing of the two spaces)", ours, verdicts])
+            name = ""
+        settings |= {rows[0]["setting"] for rows in found.values() if figure not in ("6", "7")}
+    times = read_table(PICTURES / "seconds-digits.csv")
+    used = sum(float(row["processor_seconds"]) for row in times) / 60
+    return "\n".join(
+        [
+            grid_of(lines),
+            "",
+            f"Unless it says otherwise: {'; '.join(sorted(settings))}. Ranges are 95 % intervals, paired by seed; times are "
+            f"ratios of geometric means. All {len(times)} together took {used:.0f} minutes of one thread of "
+            f"{times[0]['hardware']}, torch {times[0]['torch'].split('+')[0]}.",
+        ]
+    )
+
+
+def _told(row: dict[str, str], *, several: bool) -> str:
+    """What came out, with what tells its setting from the others of a figure."""
+    if not several:
+        return row["ours"]
+    network, width, images, size = re.findall(
+        r"^(\S+), width (\d+), on \S+ \(([\d,]+) images of (\d+) x", row["setting"]
+    )[0]
+    return f"{network} of width {width}, {images} images of {size} x {size}: {row['ours'].split(': ')[-1]}"
+
+
+SECTIONS = {"real images": real_images, "paper and ours": paper_and_ours}
 
 
 def report(text: str) -> str:

@@ -82,7 +82,6 @@ class Preset:
     limit: int | None = None
     scales: dict[str, Any] | None = None
     main: int = 1  # how many of the networks stand in figures that are not of all
-    few: int | None = None  # seeds of the figures of all networks or data sets; None for all
 
 
 _BOTH = ("vanilla", "AT", "TRT", "AT+TRT")
@@ -317,11 +316,10 @@ PRESETS: dict[str, Preset] = {
         demo.RECIPE,
         demo.LEVELS,
         demo.FRACTION,
-        (0, 1, 2, 3, 4),
+        demo.SEEDS,
         seconds=2.8,
         sources=(Source("digits"), Source("digits", limit=40), Source("digits", size=12)),
         scales=demo.SCALES,
-        few=3,
     ),
     "cifar10-small": Preset(
         "CIFAR-10 (--data) at 16 x 16 pixels, 1,000 images per class; ResNet-20 and plain-20 of 8 channels",
@@ -330,7 +328,7 @@ PRESETS: dict[str, Preset] = {
         levels=2,
         fraction=0.8,
         seeds=(0, 1, 2),
-        seconds=86,
+        seconds=72,
         size=16,
         limit=1000,
         scales={"iterations": 40},  # 1 in 28 of the training's steps; 180 would take a third of its time

@@ -59,7 +59,6 @@ def experiments(figure: str, preset: str, data: Sequence[str] = ()) -> list[Expe
     if not size.sources and not data:
         raise LotteryError(f"the preset {preset!r} needs --data, a folder: {size.words}")
     sources = size.sources or tuple(Source(folder, size.size, size.limit) for folder in data)
-    seeds = size.seeds[: size.few] if drawn.networks or drawn.sources else size.seeds
     return [
         Experiment(
             drawn.variants,
@@ -68,7 +67,7 @@ def experiments(figure: str, preset: str, data: Sequence[str] = ()) -> list[Expe
             size.recipe,
             size.levels,
             size.fraction,
-            seeds,
+            size.seeds,
             drawing=drawn.drawing,
             dense=drawn.dense,
             scales=size.scales,

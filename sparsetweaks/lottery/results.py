@@ -96,16 +96,32 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     Raises:
         LotteryError: when it is not a file of results.
     """
-    if not path.exists():
-        return []
+    rows = read_table(path) if path.exists() else []
+    if any(name not in row for row in rows for name in ("run", "variant")):
+        raise LotteryError(f"{path} is not a CSV file of results, or has a broken line")
+    return list({(row["run"], row["variant"]): row for row in rows}.values())
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Read the lines of any CSV file with a header; a last one that was cut off is left out.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Values by column.
+
+    Raises:
+        LotteryError: when it is no such file.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise LotteryError(f"{path} is not a CSV file of results: {error}") from error
-    if any(None in row or None in row.values() or "run" not in row for row in rows):
+    if any(None in row or None in row.values() for row in rows):
         raise LotteryError(f"{path} is not a CSV file of results, or has a broken line")
-    return list({(row["run"], row["variant"]): row for row in rows}.values())
+    return rows
 
 
 class Cell(NamedTuple):
