@@ -12,6 +12,7 @@ from typing import Any
 from sparsetweaks.lottery import demo
 from sparsetweaks.lottery.config import Network, Recipe
 from sparsetweaks.lottery.experiment import Source
+from sparsetweaks.lottery.smoothness import EVERYTHING, INPUTS, KEPT
 
 DECIDING = (
     0.91  # the sparsity at which the paper looks at curvature and landscapes: the nearest level is taken
@@ -61,9 +62,6 @@ class Figure:
     )
     deciding: bool = False  # only at the deciding sparsity, or at all
     moments: str = "best"  # or "early", or "each" of at most `MOMENTS` epochs
-
-
-KEPT, INPUTS, STAGES = "kept weights", "inputs", "all stages"  # spaces, as `smoothness` calls them
 
 
 @dataclass(frozen=True)
@@ -260,7 +258,7 @@ FIGURES: dict[str, Figure] = {
                 "leaves far fewer activations near zero than ReLU (0.2 to 0.4 % beside 27 to 66 %)",
                 "near zeros",
                 "lower",
-                STAGES,
+                EVERYTHING,
             ),
             Contrast(
                 "vanilla",

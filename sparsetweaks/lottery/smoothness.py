@@ -38,6 +38,7 @@ from sparsetweaks.lottery.train import after
 from sparsetweaks.masks import find_masks
 
 KEPT, ALL = "kept weights", "all weights"  # the spaces that a mask makes two of
+INPUTS = "inputs"
 EVERYTHING = "all stages"
 BEST = 0  # in place of an epoch: the weights that are reported
 LOSS = nn.CrossEntropyLoss()  # for all alike, whatever labels they were trained with
@@ -264,7 +265,7 @@ def around_inputs(
         model, batch, LOSS, directions="gradient", points=points, radius=radius, generator=generator
     )
     numbers, drawn = _of_plane(plane)
-    return {"inputs": numbers}, {"inputs": drawn}
+    return {INPUTS: numbers}, {INPUTS: drawn}
 
 
 def activations(
