@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsetweaks.analysis.figures import SURFACE_COLORS
 from sparsetweaks.lottery.contrasts import Place, Readings, geometric
-from sparsetweaks.lottery.results import LOOK, OTHERS, Cell, png_of
+from sparsetweaks.lottery.results import Cell, appearance, png_of
 from sparsetweaks.lottery.smoothness import ALL, BEST, EVERYTHING, KEPT, Look
 
 CONTOURS = 14
@@ -199,7 +199,7 @@ def _line(
     band: bool = False,
     dashed: bool = False,
 ) -> None:
-    colour, marker = LOOK.get(name, (OTHERS[number % len(OTHERS)], "h"))
+    colour, marker = appearance(name, number)
     xs = [x for x, _ in cells]
     found = [geometric(cell) if logarithmic else _arithmetic(cell) for _, cell in cells]
     means, lows, highs = zip(*found, strict=True)

@@ -36,7 +36,7 @@ _T_975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-LOOK = {  # colours of Okabe and Ito, told apart by colour-blind readers; markers for those who print in grey
+_LOOK = {  # colours of Okabe and Ito, told apart by colour-blind readers; markers for those who print in grey
     "vanilla": ("#000000", "o"),
     "AT": ("#0072B2", "s"),
     "TRT": ("#E69F00", "^"),
@@ -47,7 +47,7 @@ LOOK = {  # colours of Okabe and Ito, told apart by colour-blind readers; marker
     "scales": ("#8C6BB1", "<"),
     "smoothing": ("#A6761D", ">"),
 }
-OTHERS = ("#D55E00", "#56B4E9", "#CC79A7", "#8C6BB1", "#A6761D", "#666666", "#117733", "#882255")  # by place
+_OTHERS = ("#D55E00", "#56B4E9", "#CC79A7", "#8C6BB1", "#A6761D", "#666666", "#117733", "#882255")  # by place
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -382,11 +382,10 @@ def _panel(accuracies: Any, gains: Any, title: str, summary: Summary) -> None:
     """One setting: accuracies above, and below them the gains over vanilla, seed by seed, where noise hides less."""
     sparse = sorted(sparsity for sparsity in summary if sparsity)
     names = _ordered({name for sparsity in sparse for name in summary[sparsity]})
-    dense = summary.get(0.0, {}).get(BASELINE)
-    if dense is not None:
-        accuracies.axhline(
-            dense.mean, color="#666666", linestyle="--", linewidth=1.3, zorder=1, label="dense"
-        )
+    for place, (name, cell) in enumerate(summary.get(0.0, {}).items()):
+        colour = "#666666" if name == BASELINE else appearance(name, place)[0]
+        label = "dense" if name == BASELINE else f"dense, {name}"
+        accuracies.axhline(cell.mean, color=colour, linestyle="--", linewidth=1.3, zorder=1, label=label)
     gains.axhline(0, color="#000000", linewidth=1.3, zorder=1)
     gap = min(
         ((1 - low) / (1 - high) for low, high in pairwise(sparse)), default=2.0
@@ -420,8 +419,21 @@ def _panel(accuracies: Any, gains: Any, title: str, summary: Summary) -> None:
     gains.legend(handles, labels, title="mean and 95 % interval over seeds", frameon=False, **place_below)
 
 
+def appearance(name: str, place: int) -> tuple[str, str]:
+    """The colour and the marker of a variant, the same in every picture.
+
+    Args:
+        name: of the variant.
+        place: its number in the picture, for those that have none of their own.
+
+    Returns:
+        As matplotlib takes them.
+    """
+    return _LOOK.get(name, (_OTHERS[place % len(_OTHERS)], "hpd8*"[place % 5]))
+
+
 def _line_of(axes: Any, name: str, place: int, aside: float, cells: Mapping[float, Cell]) -> None:
-    colour, marker = LOOK.get(name, (OTHERS[place % len(OTHERS)], "hpd8*"[place % 5]))
+    colour, marker = appearance(name, place)
     at = [100 * (1 - sparsity) * aside for sparsity in cells]
     means = [cell.mean for cell in cells.values()]
     widths = [cell.interval or 0.0 for cell in cells.values()]

@@ -170,7 +170,7 @@ def spent_network(ticket: Ticket, tweaks: Tweaks, data: Data, recipe: Recipe, st
 
 
 def curvature(
-    model: nn.Module, data: Data, seed: int, *, images: int = 512, tolerance: float = 1e-2
+    model: nn.Module, data: Data, seed: int, *, images: int = 256, tolerance: float = 1e-2
 ) -> tuple[Numbers, dict[str, Any]]:
     """The largest Hessian eigenvalue of the training loss, and the effective gradient flow (figures 2 and A12).
 
@@ -195,7 +195,7 @@ def curvature(
 
 
 def along_eigenvector(
-    model: nn.Module, data: Data, seed: int, *, images: int = 512, tolerance: float = 1e-2, points: int = 21
+    model: nn.Module, data: Data, seed: int, *, images: int = 256, tolerance: float = 1e-2, points: int = 21
 ) -> tuple[Numbers, dict[str, Any]]:
     """The test loss along the top eigenvector of the training loss (figure 10).
 
@@ -221,7 +221,7 @@ def along_eigenvector(
 
 
 def around_weights(
-    model: nn.Module, data: Data, seed: int, *, images: int = 512, points: int = 15, radius: float = 1.0
+    model: nn.Module, data: Data, seed: int, *, images: int = 256, points: int = 13, radius: float = 1.0
 ) -> tuple[Numbers, dict[str, Any]]:
     """The training loss over a plane of two random directions, scaled filter by filter (figure 5).
 
@@ -245,7 +245,7 @@ def around_weights(
 
 
 def around_inputs(
-    model: nn.Module, data: Data, seed: int, *, images: int = 256, points: int = 15, radius: float = 0.5
+    model: nn.Module, data: Data, seed: int, *, images: int = 256, points: int = 13, radius: float = 0.5
 ) -> tuple[Numbers, dict[str, Any]]:
     """The test loss over a plane of inputs: against the gradient's sign and across random signs (figure 11).
 
