@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--data", action="append", default=[], help="see `sparsetweaks reproduce --help`")
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the time of a call that is ended is noted
     assert set(ORDER) == set(FIGURES)
     for figure in arguments.figures:
         words = [figure, "--preset", arguments.preset, "--out", str(arguments.out)]
@@ -54,16 +56,18 @@ def main() -> None:
 def run(figure: str, words: list[str], out: Path) -> None:
     """One call of the command, and a line of how long it took."""
     before, started = _children(), time.perf_counter()
-    subprocess.run([sys.executable, "-m", "sparsetweaks", "reproduce", *words], check=True)
-    line = {
-        "figure": figure,
-        "seconds": round(time.perf_counter() - started, 1),
-        "processor_seconds": round(_children() - before, 1),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "hardware": processor(),
-    }
-    append_row(out / "seconds.csv", line)
+    try:
+        subprocess.run([sys.executable, "-m", "sparsetweaks", "reproduce", *words], check=True)
+    finally:  # a call that was cut off took time too
+        line = {
+            "figure": figure,
+            "seconds": round(time.perf_counter() - started, 1),
+            "processor_seconds": round(_children() - before, 1),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "hardware": processor(),
+        }
+        append_row(out / "seconds.csv", line)
 
 
 def seconds(out: Path) -> str:
