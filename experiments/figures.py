@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--data", action="append", default=[], help="see `sparsetweaks reproduce --help`")
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the time of a call that is ended is noted
+    signal.signal(signal.SIGTERM, _end)  # so that the time of a call that is ended is noted
     assert set(ORDER) == set(FIGURES)
     for figure in arguments.figures:
         words = [figure, "--preset", arguments.preset, "--out", str(arguments.out)]
@@ -79,6 +79,11 @@ def seconds(out: Path) -> str:
         for name in ("seconds", "processor_seconds"):
             line[name] = round(float(line[name]) + float(row[name]), 1)
     return csv_of(total[figure] for figure in ORDER if figure in total)
+
+
+def _end(number: int, _: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice
+    sys.exit(1)
 
 
 def _children() -> float:
