@@ -35,8 +35,8 @@ class Ratio(NamedTuple):
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
-            return f"{self.mean:.2f} times (one seed)"
-        return f"{self.mean:.2f} times ({_digits(self.low)} to {_digits(self.high)})"
+            return f"{_digits(self.mean)} times (one seed)"
+        return f"{_digits(self.mean)} times ({_digits(self.low)} to {_digits(self.high)})"
 
     @property
     def side(self) -> int:
@@ -287,4 +287,8 @@ def _epoch(contrast: Contrast, found: Readings) -> int:
 
 
 def _digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}" if abs(value) < 0.1 or abs(value) >= 10 else f"{value:.2f}"
+    if value is None:
+        return ""
+    return (
+        f"{value:.2f}" if 0.1 <= abs(value) < 10 else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    )

@@ -249,7 +249,7 @@ FIGURES: dict[str, Figure] = {
         deciding=True,
     ),
     "A1": Figure(
-        "Activation sparsity of ReLU and Swish (table)",
+        "Activation sparsity of ReLU (vanilla) and Swish",
         ("vanilla", "swish"),
         (
             Contrast(

@@ -96,7 +96,8 @@ def _activations(looks: Sequence[Look], found: Readings, setting: str) -> bytes:
         for quantity, dashed in (("near zeros", False), ("exact zeros", True)):
             cells = {p.sparsity: found[p] for p in found if p[2:] == (stage, quantity)}
             _over_sparsities(panel, cells, looks, logarithmic=False, dashed=dashed)
-        panel.set(title=stage, ylabel="activations that are zero, %", ylim=(-2, None))
+        panel.set_title(stage, fontsize=10)
+        panel.set(ylabel="activations that are zero, %", ylim=(-2, None))
     _match(axes)
     return _finished(figure, axes[0], looks)
 

@@ -277,7 +277,7 @@ def overview(folder: Path) -> str:
         lines += ["", f"{preset}: {size.words}"]
         lines.append(
             f"    all figures{'' if size.sources else ' of one data set'} together: {together:,} trainings, about "
-            f"{_duration(together * size.seconds)} on one thread of an AMD EPYC"
+            f"{_duration(together * size.seconds)} on one thread of an AMD EPYC; looks at spent tickets come on top"
         )
     return "\n".join(lines)
 
