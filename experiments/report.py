@@ -12,11 +12,14 @@ import statistics
 import sys
 from pathlib import Path
 
-from sparsetweaks.lottery.results import read_rows, summarise, table
+from sparsetweaks.lottery.figures import FIGURES
+from sparsetweaks.lottery.results import read_rows, read_table, summarise, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = ROOT / "benchmarks" / "results"
+PICTURES = Path(__file__).parent / "figures"
+FEW = ": so few seeds show no difference beyond noise"
 
 
 def real_images() -> str:
@@ -76,6 +79,47 @@ def ghosts() -> str:
     )
 
 
+def paper_and_ours() -> str:
+    """For each figure what the paper says, what came out at the digits preset, and whether that agrees."""
+    lines, settings = [["figure", "the paper says that", "here", "verdict"]], set()
+    for figure, drawn in FIGURES.items():
+        found: dict[str, list[dict[str, str]]] = {}
+        path, name = PICTURES / f"{figure}-digits.claims.csv", f"{figure} {drawn.title}"
+        if not path.is_file():
+            lines.append([name, "", "not run yet", ""])
+            continue
+        for row in read_table(path):
+            found.setdefault(row["paper"], []).append(row)
+        name = f"[{figure}](experiments/figures/{figure}-digits.png) {drawn.title}"
+        for said, rows in found.items():
+            ours = "; ".join(_told(row, several=len(rows) > 1) for row in rows)
+            verdicts = "; ".join(dict.fromkeys(row["verdict"].replace(FEW, "") for row in rows))
+            lines.append([name, said or "(nothing of the two spaces)", ours, verdicts])
+            name = ""
+        settings |= {rows[0]["setting"] for rows in found.values() if figure not in ("6", "7")}
+    times = read_table(PICTURES / "seconds-digits.csv")
+    used = sum(float(row["processor_seconds"]) for row in times) / 60
+    return "\n".join(
+        [
+            *(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * 4, *lines[1:])),
+            "",
+            f"Unless it says otherwise: {'; '.join(sorted(settings))}. Ranges are 95 % intervals, paired by seed; times are "
+            f"ratios of geometric means. All {len(times)} together took {used:.0f} minutes of one thread of "
+            f"{times[0]['hardware']}, torch {times[0]['torch'].split('+')[0]}.",
+        ]
+    )
+
+
+def _told(row: dict[str, str], *, several: bool) -> str:
+    """What came out, with what tells its setting from the others of a figure."""
+    if not several:
+        return row["ours"]
+    network, width, images, size = re.findall(
+        r"^(\S+), width (\d+), on \S+ \(([\d,]+) images of (\d+) x", row["setting"]
+    )[0]
+    return f"{network} of width {width}, {images} images of {size} x {size}: {row['ours'].split(': ')[-1]}"
+
+
 def speed() -> str:
     """The table of `make bench`."""
     with (BENCHMARKS / "bench.csv").open(newline="", encoding="utf-8") as file:
@@ -99,7 +143,40 @@ def speed() -> str:
     )
 
 
-SECTIONS = {"real images": real_images, "ghosts": ghosts, "speed": speed}
+def zoo() -> str:
+    """How many models of each family came out how, from the table of `make zoo`."""
+    with (BENCHMARKS / "zoo.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    rows = [
+        "| models of | in all | proven here, run | by others' forwards | with sites left, named | not shown | do not run here by themselves |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for family in dict.fromkeys(line["family"] for line in lines):
+        of = [line for line in lines if line["family"] == family]
+        held = [line for line in of if line["status"] in ("ok", "left")]
+        fails = sum(line["status"] == "model fails" for line in of)
+        cells = (
+            next(line["library"] for line in of),
+            len(of),
+            sum(line["proof"] == "run" for line in held),
+            sum(line["proof"] == "alike" for line in held),
+            sum(line["status"] == "left" for line in held),
+            len(of) - len(held) - fails,
+            fails,
+        )
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    bad = [line for line in lines if line["status"] in ("wrong", "exception", "missed", "crash")]
+    rows += ["", f"Wrong, passed over in silence, raised or crashed: {len(bad)} of {len(lines)}."]
+    return "\n".join(rows)
+
+
+SECTIONS = {
+    "real images": real_images,
+    "ghosts": ghosts,
+    "paper and ours": paper_and_ours,
+    "zoo": zoo,
+    "speed": speed,
+}
 
 
 def report(text: str) -> str:

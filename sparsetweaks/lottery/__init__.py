@@ -19,7 +19,11 @@ The rooms, each of which uses only those above it:
     results.py     rows as a table, as statistics and as a picture
     experiment.py  a comparison of variants over levels and seeds
     demo.py        one on digits, in about two minutes
-    reproduce.py   the paper's figures, as experiments
+    smoothness.py  looks at the networks of spent tickets: curvature, landscapes, activations
+    figures.py     the paper's figures and table, as data
+    contrasts.py   what looks say across seeds, as rows and in words
+    pictures.py    pictures of looks
+    reproduce.py   a figure, from its trainings to its comparison with the paper
     report.py      a folder of results as one page
     events.py      TensorBoard's files
     progress.py    how far a command is

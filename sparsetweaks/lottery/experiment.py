@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,8 @@ class Experiment:
     seeds: tuple[int, ...]
     drawing: str = "imp"  # or "omp": the same sparsities, each in one shot
     dense: tuple[str, ...] = (BASELINE,)  # variants of the dense network
+    spent: tuple[int, ...] = ()  # the levels whose tickets are spent; empty for all
+    keep_epochs: tuple[int, ...] = ()  # whose weights each spending keeps, see `train`
     scales: dict[str, Any] | None = None  # options of `learn_layer_scales`, for all variants that use it
 
     def __post_init__(self) -> None:
@@ -48,6 +50,8 @@ class Experiment:
             raise LotteryError(f"drawing must be imp or omp, got {self.drawing!r}")
         for name in (*self.variants, *self.dense):
             variant(name)
+        if not all(1 <= level <= self.levels for level in self.spent):
+            raise LotteryError(f"levels to spend must lie between 1 and {self.levels}, got {self.spent}")
 
     @property
     def sparsities(self) -> tuple[float, ...]:
@@ -57,12 +61,19 @@ class Experiment:
     @property
     def spendings(self) -> int:
         """How many rows there are to be."""
-        return len(self.seeds) * (len(self.dense) + self.levels * len(self.variants))
+        levels = len(self.spent) or self.levels
+        return len(self.seeds) * (len(self.dense) + levels * len(self.variants))
 
     def tweaks(self, name: str) -> Tweaks:
         """A variant of this experiment."""
         tweaks = variant(name)
         return tweaks if tweaks.scales is None or self.scales is None else replace(tweaks, scales=self.scales)
+
+    def cells(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, str]]:
+        """What is spent how, of the tickets of one seed, the dense one first."""
+        chosen = [tickets[level] for level in self.spent] or tickets[1:]
+        dense = [(tickets[0], name) for name in self.dense]
+        return dense + [(ticket, name) for ticket in chosen for name in self.variants]
 
 
 def compare(
@@ -90,12 +101,11 @@ def compare(
     """
     total, done, folder = len(experiment.seeds) + experiment.spendings, 0, folder.resolve()
     spending: list[Callable[[], dict[str, Any]]] = []
-    drawing = [partial(_draw, experiment, folder, device, seed, on_epoch) for seed in experiment.seeds]
+    drawing = [partial(tickets_of, experiment, folder, device, seed, on_epoch) for seed in experiment.seeds]
     for tickets in engine(drawing):
-        cells = [(tickets[0], name) for name in experiment.dense]
-        cells += [(ticket, name) for ticket in tickets[1:] for name in experiment.variants]
         spending += [
-            partial(_spend, experiment, folder, device, ticket, name, on_epoch) for ticket, name in cells
+            partial(_spend, experiment, folder, device, ticket, name, on_epoch)
+            for ticket, name in experiment.cells(tickets)
         ]
         done += 1
         if on_run is not None:
@@ -113,18 +123,38 @@ def compare(
 
 
 @functools.lru_cache(maxsize=1)
-def _data(source: Source, folder: Path, device: str) -> Data:
-    """The data set, read once for all runs of a process."""
+def data_of(source: Source, folder: Path, device: str) -> Data:
+    """The data set, read once for all runs of a process.
+
+    Args:
+        source: which.
+        folder: of the comparison, for its cache.
+        device: to put it on.
+
+    Returns:
+        What `load` gives.
+    """
     return load(source.source, size=source.size, limit=source.limit, cache=folder / "cache").to(device)
 
 
-def _draw(
-    experiment: Experiment, folder: Path, device: str, seed: int, on_epoch: Callable[[Trained], None] | None
+def tickets_of(
+    experiment: Experiment,
+    folder: Path,
+    device: str,
+    seed: int,
+    on_epoch: Callable[[Trained], None] | None = None,
 ) -> list[Ticket]:
-    data, common = (
-        _data(experiment.source, folder, device),
-        {"seed": seed, "folder": folder, "on_epoch": on_epoch},
-    )
+    """Draw the tickets of one seed; what is in the folder already is read back.
+
+    Args:
+        experiment, folder, device, on_epoch: as in `compare`.
+        seed: one of the experiment's.
+
+    Returns:
+        The dense ticket, and one per sparsity.
+    """
+    data = data_of(experiment.source, folder, device)
+    common = {"seed": seed, "folder": folder, "on_epoch": on_epoch}
     if experiment.drawing == "omp":
         sparsities = experiment.sparsities
         return draw_one_shot(data, experiment.network, experiment.recipe, sparsities=sparsities, **common)  # type: ignore[arg-type]
@@ -141,10 +171,19 @@ def _spend(
     on_epoch: Callable[[Trained], None] | None,
 ) -> dict[str, Any]:
     data, tweaks, recipe = (
-        _data(experiment.source, folder, device),
+        data_of(experiment.source, folder, device),
         experiment.tweaks(name),
         experiment.recipe,
     )
-    runs, common = folder / "runs", {"name": name, "on_epoch": on_epoch}
-    trained = spend(ticket, tweaks, data, recipe, seed=ticket.seed, folder=runs, **common)  # type: ignore[arg-type]
+    trained = spend(
+        ticket,
+        tweaks,
+        data,
+        recipe,
+        seed=ticket.seed,
+        folder=folder / "runs",
+        name=name,
+        keep_epochs=experiment.keep_epochs,
+        on_epoch=on_epoch,
+    )
     return row(ticket, name, tweaks, data, recipe, trained, seed=ticket.seed)

@@ -114,7 +114,10 @@ def load(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, State]]:
             f"{path} is not a file of sparsetweaks, or is damaged: {first_line(error)}"
         ) from error
     if (version, found) != (FORMAT, kind):
-        raise LotteryError(f"{path} is a {found} of format {version}; wanted is a {kind} of format {FORMAT}")
+        raise LotteryError(
+            f"{path} holds: {found}, format {version}; wanted: {kind}, format {FORMAT}. If another version of sparsetweaks "
+            "wrote it, choose another folder with --out, or delete it to have it made anew"
+        )
     if digest != digest_of(flat, text):
         raise LotteryError(
             f"{path} is damaged: its content is not what was written; delete it to have it made anew"

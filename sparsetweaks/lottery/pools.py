@@ -17,13 +17,12 @@ from torch import nn
 from sparsetweaks.lottery.config import LotteryError, Recipe, Tweaks, key
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.files import State
-from sparsetweaks.lottery.spend import row, run_key, spend
+from sparsetweaks.lottery.spend import load_run, row, run_key, spend
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import (
     Trained,
     accuracy,
     computes_in_bfloat16,
-    load_trained,
     refresh_statistics,
     save_trained,
 )
@@ -63,7 +62,7 @@ def pool(
     neighbours = _neighbours(ticket, tickets)
     path = folder / f"{pool_key(ticket, tickets, recipe, seed=seed)}.safetensors"
     if path.is_file():
-        return load_trained(path)
+        return load_run(path)
     own, *others = (
         spend(each, Tweaks(), data, recipe, seed=seed, folder=folder) for each in (ticket, *neighbours)
     )

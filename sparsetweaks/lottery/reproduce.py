@@ -1,181 +1,34 @@
-"""The paper's figures that need training alone, as data: which variants of what, and what the paper says of them.
-
-The captions are lost with the figures' images; which of 1c and 1d is which, and what divides 6 from 7, is read from the
-text of the paper's section 4.
-"""
+"""Reproducing a figure: run what it needs and is not there yet, and write its picture, its numbers and a comparison."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sparsetweaks.lottery import demo
-from sparsetweaks.lottery.config import LotteryError, Network, Recipe
+from sparsetweaks.lottery.config import LotteryError
+from sparsetweaks.lottery.contrasts import Finding, findings, readings, rows_of, table_of
 from sparsetweaks.lottery.experiment import Experiment, Source, compare
+from sparsetweaks.lottery.figures import (
+    DECIDING,
+    EARLY,
+    FIGURES,
+    MOMENTS,
+    PRESETS,
+    Claim,
+    Contrast,
+    Figure,
+    Preset,
+)
 from sparsetweaks.lottery.files import write
 from sparsetweaks.lottery.grid import Engine, run_all
+from sparsetweaks.lottery.pictures import picture_of
 from sparsetweaks.lottery.results import csv_of, picture, statistics, summarise, table
+from sparsetweaks.lottery.smoothness import BEST, Look, look_at
+from sparsetweaks.lottery.spend import MEASURED_ON
 from sparsetweaks.lottery.train import Trained
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What the paper says of one variant over another, at its highest or lowest sparsities."""
-
-    variant: str
-    over: str
-    words: str
-    where: str = "highest"  # or "lowest": the sparsity that decides
-    gains: bool = True  # whether it is said to gain; else that the two are about equal
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure: its variants, and over what it ranges beside the sparsities."""
-
-    title: str
-    variants: tuple[str, ...]
-    claims: tuple[Claim, ...]
-    drawing: str = "imp"
-    dense: tuple[str, ...] = ("vanilla",)
-    networks: bool = False  # all of the preset's, or the first
-    sources: bool = False
-
-
-@dataclass(frozen=True)
-class Preset:
-    """How large a reproduction is: networks, data, recipe, levels and seeds."""
-
-    words: str
-    networks: tuple[Network, ...]
-    recipe: Recipe
-    levels: int
-    fraction: float
-    seeds: tuple[int, ...]
-    sources: tuple[Source, ...] = ()  # the user's, by --data, where there are none
-    size: int | None = None  # pixels to bring the user's images to
-    limit: int | None = None
-    scales: dict[str, Any] | None = None
-
-
-_BOTH = ("vanilla", "AT", "TRT", "AT+TRT")
-_SPARSER = "helps sparse networks, most at high sparsity"
-FIGURES: dict[str, Figure] = {
-    "1a": Figure(
-        "New skip connections",
-        ("vanilla", "skips"),
-        (Claim("skips", "vanilla", "hurt the dense network and help sparse ones, most at high sparsity"),),
-        dense=("vanilla", "skips"),
-    ),
-    "1b": Figure(
-        "Smooth activations",
-        ("vanilla", "swish", "mish"),
-        (
-            Claim("swish", "vanilla", f"is marginal for dense networks and {_SPARSER}"),
-            Claim("mish", "vanilla", f"is marginal for dense networks and {_SPARSER}"),
-        ),
-        dense=("vanilla", "swish", "mish"),
-    ),
-    "1c": Figure(
-        "Smoothed labels",
-        ("vanilla", "smoothing"),
-        (Claim("smoothing", "vanilla", "helps sparse networks, at low sparsity too", "lowest"),),
-        dense=("vanilla", "smoothing"),
-    ),
-    "1d": Figure(
-        "Learned layer scales",
-        ("vanilla", "scales"),
-        (Claim("scales", "vanilla", "helps sparse networks, at low sparsity too", "lowest"),),
-        dense=("vanilla", "scales"),
-    ),
-    "4a": Figure(
-        "Architecture and recipe together",
-        _BOTH,
-        (
-            Claim("AT", "vanilla", "outperforms vanilla the more, the sparser"),
-            Claim("TRT", "vanilla", "outperforms vanilla at low sparsity", "lowest"),
-            Claim("AT+TRT", "vanilla", "patently outperforms vanilla"),
-        ),
-    ),
-    "4b": Figure(
-        "Tweaks against weight rewinding",
-        ("vanilla", "rewinding", "AT+TRT"),
-        (
-            Claim(
-                "AT+TRT", "rewinding", "generally outperforms rewinding below a critical sparsity", "lowest"
-            ),
-        ),
-    ),
-    "6": Figure(
-        "Across networks",
-        ("vanilla", "AT+TRT"),
-        (Claim("AT+TRT", "vanilla", "outperforms vanilla on every network"),),
-        networks=True,
-    ),
-    "7": Figure(
-        "Across data sets",
-        ("vanilla", "AT+TRT"),
-        (Claim("AT+TRT", "vanilla", "outperforms vanilla on every data set"),),
-        sources=True,
-    ),
-    "8": Figure(
-        "Tweaks with weight rewinding",
-        ("vanilla", "rewinding", "AT+rewinding", "TRT+rewinding", "AT+TRT+rewinding"),
-        (
-            Claim("AT+rewinding", "rewinding", "is marginally better than rewinding"),
-            Claim("TRT+rewinding", "rewinding", "is significantly better than rewinding"),
-            Claim("AT+TRT+rewinding", "rewinding", "is the best of all, and hardly falls with sparsity"),
-        ),
-    ),
-    "9": Figure(
-        "Distillation in place of smoothing",
-        ("vanilla", "AT+TRT", "AT+TRT+KD"),
-        (Claim("AT+TRT+KD", "AT+TRT", "has only marginal benefits", gains=False),),
-    ),
-    "A13": Figure(
-        "One-shot pruning",
-        _BOTH,
-        (Claim("AT+TRT", "vanilla", "still performs significantly better than vanilla"),),
-        drawing="omp",
-    ),
-}
-PRESETS: dict[str, Preset] = {
-    "digits": Preset(
-        "scikit-learn's digits, networks of 4 to 8 channels",
-        (
-            demo.NETWORK,
-            Network("plain8", width=8),
-            Network("vgg16", width=4),
-            Network("mobilenet_v1", width=4),
-        ),
-        demo.RECIPE,
-        demo.LEVELS,
-        demo.FRACTION,
-        demo.SEEDS,
-        sources=(Source("digits"), Source("digits", limit=40), Source("digits", size=12)),
-        scales=demo.SCALES,
-    ),
-    "cifar10-small": Preset(
-        "CIFAR-10 (--data) at 16 x 16 pixels, 1,000 images per class",
-        (Network("resnet20", width=16), Network("plain20", width=16)),
-        Recipe(epochs=30),
-        levels=4,
-        fraction=0.6,
-        seeds=(0, 1, 2),
-        size=16,
-        limit=1000,
-    ),
-    "paper": Preset(
-        "the paper's: 180 epochs, 16 levels; --data CIFAR-100, then CIFAR-10 and Tiny-ImageNet for figure 7",
-        (Network("resnet18"), Network("resnet34"), Network("vgg16"), Network("mobilenet_v1")),
-        Recipe(),
-        levels=16,
-        fraction=0.2,
-        seeds=(0, 1, 2),
-    ),
-}
 
 
 def experiments(figure: str, preset: str, data: Sequence[str] = ()) -> list[Experiment]:
@@ -209,12 +62,35 @@ def experiments(figure: str, preset: str, data: Sequence[str] = ()) -> list[Expe
     sources = size.sources or tuple(Source(folder, size.size, size.limit) for folder in data)
     return [
         Experiment(
-            drawn.variants, source, network, size.recipe, size.levels, size.fraction, size.seeds,
-            drawing=drawn.drawing, dense=drawn.dense, scales=size.scales,
+            drawn.variants,
+            source,
+            network,
+            size.recipe,
+            size.levels,
+            size.fraction,
+            size.seeds,
+            drawing=drawn.drawing,
+            dense=drawn.dense,
+            scales=size.scales,
+            spent=(_deciding_level(size),) if drawn.deciding else (),
+            keep_epochs=_moments(drawn, size),
         )
-        for network in (size.networks if drawn.networks else size.networks[:1])
+        for network in (size.networks if drawn.networks else size.networks[: size.main])
         for source in (sources if drawn.sources else sources[:1])
-    ]  # fmt: skip
+    ]
+
+
+def _deciding_level(size: Preset) -> int:
+    """The level whose sparsity is nearest to the one at which the paper looks."""
+    return min(range(1, size.levels + 1), key=lambda level: abs(1 - (1 - size.fraction) ** level - DECIDING))
+
+
+def _moments(figure: Figure, size: Preset) -> tuple[int, ...]:
+    """The epochs after which a figure looks at networks; none where it looks at the reported ones."""
+    epochs = size.recipe.epochs
+    early = max(1, round(EARLY * epochs))
+    each = {early, *(max(1, round(epochs * part / MOMENTS)) for part in range(1, MOMENTS + 1))}
+    return {"best": (), "early": (early,), "each": tuple(sorted(each))}[figure.moments]
 
 
 def reproduce(
@@ -241,58 +117,112 @@ def reproduce(
         on_epoch: see `train`; it must pickle where the stages run elsewhere.
 
     Returns:
-        The tables and the comparison, as text. `figures/FIGURE-PRESET.png`, `.csv` and `.txt` hold the same.
+        The tables and the comparison, as text. `figures/FIGURE-PRESET.png`, `.csv` (numbers), `.claims.csv` and `.txt`
+        (the comparison) hold the same.
 
     Raises:
-        LotteryError: as `experiments`, and when the folder cannot be written to.
+        LotteryError: as `experiments`, and when the folder cannot be written to, or holds runs of another version.
     """
-    parts = experiments(figure, preset, data)
-    total, before, rows = sum(len(part.seeds) + part.spendings for part in parts), 0, []
-    for part in parts:
+    parts, measure = experiments(figure, preset, data), FIGURES[figure].measure
+    counts = [len(part.seeds) + part.spendings + (_looks(part) if measure else 0) for part in parts]
+    rows, looks = [], []
+    for number, part in enumerate(parts):
 
-        def so_far(done: int, _: int, before: int = before) -> None:
+        def so_far(done: int, _: int = 0, before: int = sum(counts[:number])) -> None:
             if on_run is not None:
-                on_run(before + done, total)
+                on_run(before + done, sum(counts))
 
-        rows += compare(part, folder, device=device, engine=engine, on_run=so_far, on_epoch=on_epoch)
-        before += len(part.seeds) + part.spendings
-    told = comparison(figure, rows)
-    settings = summarise(rows)
+        found = compare(part, folder, device=device, engine=engine, on_run=so_far, on_epoch=on_epoch)
+        rows.append(found)
+        if measure:
+            taken = itertools.count(len(part.seeds) + part.spendings + 1)
+            epochs = part.keep_epochs or (BEST,)
+            looks.append(
+                look_at(
+                    part, folder, measure, epochs=epochs, device=device, engine=engine,
+                    on_look=lambda taken=taken, so_far=so_far: so_far(next(taken)),  # type: ignore[misc]
+                )
+            )  # fmt: skip
+    made = _of_looks(figure, rows, looks) if measure else _of_rows(figure, [r for e in rows for r in e])
     base = folder / "figures" / f"{figure}-{preset}"
-    write(base.with_suffix(".png"), picture(settings))
+    first, text = rows[0][0], "\n".join(finding.line(figure) for finding in made.findings)
+    around = {"seed_list": " ".join(map(str, parts[0].seeds)), **{name: first[name] for name in MEASURED_ON}}
+    write(base.with_suffix(".png"), made.picture)
+    write(base.with_suffix(".csv"), csv_of({**line, **around} for line in made.lines).encode())
+    claims = [{"figure": figure, **finding._asdict()} for finding in made.findings]
+    write(base.with_suffix(".claims.csv"), csv_of(claims).encode())
+    write(base.with_suffix(".txt"), f"{text}\n".encode())
+    return "\n\n".join([*made.tables, text])
+
+
+class _Made(NamedTuple):
+    """What a figure comes to."""
+
+    picture: bytes
+    lines: list[dict[str, Any]]  # of numbers
+    findings: list[Finding]
+    tables: list[str]
+
+
+def _of_rows(figure: str, rows: Sequence[Mapping[str, Any]]) -> _Made:
+    """A figure of accuracies."""
     over = [claim.over for claim in FIGURES[figure].claims]
     lines = [line for name in dict.fromkeys(over) for line in statistics(rows, over=name)]
-    write(base.with_suffix(".csv"), csv_of(lines).encode())
-    write(base.with_suffix(".txt"), f"{told}\n".encode())
+    settings = summarise(rows)
     tables = [f"{title}\n\n{table(summary, over=over[0])}" for title, summary in settings.items()]
-    return "\n\n".join([*tables, told])
+    return _Made(picture(settings), lines, comparison(figure, rows), tables)
 
 
-def comparison(figure: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the paper claims and what came out, a line per claim and setting.
+def _of_looks(
+    figure: str,
+    rows: Sequence[Sequence[Mapping[str, Any]]],
+    looks: Sequence[Sequence[Look]],
+) -> _Made:
+    """A figure of what was measured; its picture is of the first network, its numbers are of all."""
+    drawn, lines, told, tables = FIGURES[figure], [], [], []
+    contrasts = [claim for claim in drawn.claims if isinstance(claim, Contrast)]
+    for ran, seen in zip(rows, looks, strict=True):
+        setting, found = next(iter(summarise(ran))), readings(seen)
+        sparse = {place.sparsity for place in found} - {0.0}
+        lines += rows_of(found, setting)
+        told += findings(contrasts, found, setting, min(sparse, key=lambda each: abs(each - DECIDING)))
+        tables.append(f"{setting}\n\n{table_of(found, [claim.quantity for claim in contrasts])}")
+    setting, found = next(iter(summarise(rows[0]))), readings(looks[0])
+    shown = picture_of(str(drawn.measure), looks[0], found, f"{drawn.title}\n{setting}")
+    return _Made(shown, lines, told, tables)
+
+
+def _looks(part: Experiment) -> int:
+    return part.spendings * max(1, len(part.keep_epochs))
+
+
+def comparison(figure: str, rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """What the paper claims of accuracies and what came out, for each claim and setting.
 
     Args:
         figure: a name of `FIGURES`.
         rows: of its experiments.
 
     Returns:
-        Lines of text.
+        A finding for each; `line` tells it in words.
     """
-    lines = []
+    told = []
     for title, summary in summarise(rows).items():
         sparse = sorted(sparsity for sparsity in summary if sparsity)
         for claim in FIGURES[figure].claims:
+            assert isinstance(claim, Claim)
             at = sparse[-1] if claim.where == "highest" else sparse[0]
             cells = summary[at]
             gain = cells[claim.variant].over(cells[claim.over])
             assert gain is not None, "each variant has each seed"
             width = "" if gain.interval is None else f" ± {gain.interval:.1f}"
-            lines.append(
-                f"Figure {figure}, {title}: the paper says that {claim.variant} {claim.words}. Here, {claim.variant} over "
-                f"{claim.over} at {100 * at:.4g} % sparsity: {gain.mean:+.1f}{width} points over {len(gain.by_seed)} "
-                f"seeds; {verdict(claim, gain.mean, gain.interval)}."
+            ours = (
+                f"{claim.variant} over {claim.over} at {100 * at:.4g} % sparsity: {gain.mean:+.1f}{width} points over "
+                f"{len(gain.by_seed)} seeds"
             )
-    return "\n".join(lines)
+            said = f"{claim.variant} {claim.words}"
+            told.append(Finding(title, said, ours, verdict(claim, gain.mean, gain.interval)))
+    return told
 
 
 def verdict(claim: Claim, gain: float, interval: float | None) -> str:
@@ -321,7 +251,7 @@ def verdict(claim: Claim, gain: float, interval: float | None) -> str:
 
 
 def overview(folder: Path) -> str:
-    """Every figure and preset: how many trainings and epochs it takes by itself, and whether it is done.
+    """Every figure and preset: how many trainings it takes by itself, how long about, and whether it is done.
 
     Args:
         folder: where results may be.
@@ -329,14 +259,46 @@ def overview(folder: Path) -> str:
     Returns:
         A table as text. Trainings that figures share count for each of them here, and are run once.
     """
-    lines = [f"{'figure':8}{'preset':16}{'trainings':>10}{'epochs':>9}{'done':>6}  what"]
+    lines = [f"{'figure':8}{'preset':16}{'trainings':>10}{'epochs':>9}{'one thread':>14}{'done':>6}  what"]
     for name, figure in FIGURES.items():
         for preset, size in PRESETS.items():
-            parts = experiments(name, preset, () if size.sources else ("",) * (3 if figure.sources else 1))
+            folders = ("first", "second", "third") if figure.sources else ("first",)
+            parts = experiments(name, preset, () if size.sources else folders)
             trainings = sum(part.spendings for part in parts)  # drawing trains some of these, and no others
             done = "yes" if (folder / "figures" / f"{name}-{preset}.png").is_file() else "no"
             lines.append(
-                f"{name:8}{preset:16}{trainings:>10}{trainings * size.recipe.epochs:>9}{done:>6}  {figure.title}"
+                f"{name:8}{preset:16}{trainings:>10}{trainings * size.recipe.epochs:>9}"
+                f"{_duration(trainings * size.seconds):>14}{done:>6}  {figure.title}"
             )
-    lines += ["", *(f"{preset}: {size.words}" for preset, size in PRESETS.items())]
+    for preset, size in PRESETS.items():
+        parts = [
+            part for name in FIGURES for part in experiments(name, preset, () if size.sources else ("",))
+        ]
+        together = len(set().union(*map(_cells, parts)))
+        lines += ["", f"{preset}: {size.words}"]
+        lines.append(
+            f"    all figures{'' if size.sources else ' of one data set'} together: {together:,} trainings, about "
+            f"{_duration(together * size.seconds)} on one thread of an AMD EPYC; looks at spent tickets come on top"
+        )
     return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    """A time in the unit that suits it.
+
+    Example:
+        >>> _duration(90), _duration(9_000), _duration(900_000)
+        ('2 min', '2.5 h', '10 days')
+    """
+    if seconds < 3600:
+        return f"{math.ceil(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:,.0f} days"
+
+
+def _cells(part: Experiment) -> set[tuple[Any, ...]]:
+    """What a comparison trains, in terms that are equal where figures share it."""
+    levels = part.spent or range(1, part.levels + 1)
+    cells = [(0, "", name) for name in part.dense]
+    cells += [(level, part.drawing, name) for level in levels for name in part.variants]
+    cells += [(level, part.drawing, "vanilla") for level in range(1, max(levels)) if part.drawing == "imp"]
+    return {(part.source, part.network, seed, *cell) for seed in part.seeds for cell in cells}

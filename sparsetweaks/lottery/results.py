@@ -14,6 +14,19 @@ from sparsetweaks.lottery.config import VARIANTS, LotteryError
 from sparsetweaks.lottery.files import hold, write
 
 BASELINE = "vanilla"
+SUMMARISED = (
+    "data",
+    "architecture",
+    "width",
+    "epochs",
+    "image_size",
+    "train_images",
+    "sparsity",
+    "variant",
+    "seed",
+    "test",
+)  # columns that `summarise` needs
+COLOURS = 128  # of a picture
 DRAWN = {
     "imp": "iterative magnitude pruning",
     "omp": "one-shot magnitude pruning",
@@ -83,16 +96,32 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     Raises:
         LotteryError: when it is not a file of results.
     """
-    if not path.exists():
-        return []
+    rows = read_table(path) if path.exists() else []
+    if any(name not in row for row in rows for name in ("run", "variant")):
+        raise LotteryError(f"{path} is not a CSV file of results, or has a broken line")
+    return list({(row["run"], row["variant"]): row for row in rows}.values())
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Read the lines of any CSV file with a header; a last one that was cut off is left out.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Values by column.
+
+    Raises:
+        LotteryError: when it is no such file.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise LotteryError(f"{path} is not a CSV file of results: {error}") from error
-    if any(None in row or None in row.values() or "run" not in row for row in rows):
+    if any(None in row or None in row.values() for row in rows):
         raise LotteryError(f"{path} is not a CSV file of results, or has a broken line")
-    return list({(row["run"], row["variant"]): row for row in rows}.values())
+    return rows
 
 
 class Cell(NamedTuple):
@@ -136,6 +165,9 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Summary]:
     Returns:
         By the setting's title: by sparsity and variant, the test accuracies by seed.
 
+    Raises:
+        LotteryError: for rows of another version, which lack a column.
+
     Example:
         >>> row = {"data": "digits", "architecture": "resnet8", "width": 8, "epochs": 2, "image_size": 8, "train_images": 99}
         >>> rows = [{**row, "sparsity": 0.5, "variant": "AT", "seed": seed, "test": 0.9 + seed / 10} for seed in (0, 1)]
@@ -143,6 +175,12 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Summary]:
         95.0
     """
     rows = list(rows)
+    missing = [name for name in SUMMARISED if any(name not in row for row in rows)]
+    if missing:
+        raise LotteryError(
+            f"these results say no {', '.join(missing)}: another version of sparsetweaks wrote them; choose another folder "
+            "with --out, or move results.csv away and give the command again, which reads its runs back"
+        )
     recipes: dict[str, set[str]] = {}  # of each title
     ways: dict[
         str, set[str]
@@ -262,7 +300,7 @@ def table(summary: Summary, *, over: str = BASELINE) -> str:
     seeds = sorted({len(cell.by_seed) for cells in summary.values() for cell in cells.values()})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     note = f"mean ± half of the 95 % t-interval over {count} seeds; gains are paired by seed"
-    return "\n\n".join([_grid(lines), *([_grid(gains)] if len(gains) > 1 else []), note])
+    return "\n\n".join([grid_of(lines), *([grid_of(gains)] if len(gains) > 1 else []), note])
 
 
 def plot(settings: Mapping[str, Summary], path: Path) -> None:
@@ -295,12 +333,29 @@ def picture(settings: Mapping[str, Summary]) -> bytes:
     drawn = {title: summary for title, summary in settings.items() if any(summary)}
     if not drawn:
         raise LotteryError("there are no results of sparse networks to draw yet")
-    figure = Figure(figsize=(8.5 * len(drawn), 8), layout="constrained", dpi=150)
+    wide = 8.5 if len(drawn) == 1 else 6.2
+    figure = Figure(figsize=(wide * len(drawn), 8), layout="constrained", dpi=120)
     panels = figure.subplots(2, len(drawn), squeeze=False, sharex="col", height_ratios=(3, 2))
     for accuracies, gains, (title, summary) in zip(*panels, drawn.items(), strict=True):
         _panel(accuracies, gains, title, summary)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
+    return png_of(figure)
+
+
+def png_of(figure: Any) -> bytes:
+    """A figure of matplotlib's as a small PNG: of 128 colours, as flat surfaces and thin lines need no more.
+
+    Args:
+        figure: to be drawn.
+
+    Returns:
+        The content of the file.
+    """
+    from PIL import Image
+
+    drawn, content = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    image = Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    image.save(content, format="png", optimize=True)
     return content.getvalue()
 
 
@@ -327,11 +382,10 @@ def _panel(accuracies: Any, gains: Any, title: str, summary: Summary) -> None:
     """One setting: accuracies above, and below them the gains over vanilla, seed by seed, where noise hides less."""
     sparse = sorted(sparsity for sparsity in summary if sparsity)
     names = _ordered({name for sparsity in sparse for name in summary[sparsity]})
-    dense = summary.get(0.0, {}).get(BASELINE)
-    if dense is not None:
-        accuracies.axhline(
-            dense.mean, color="#666666", linestyle="--", linewidth=1.3, zorder=1, label="dense"
-        )
+    for place, (name, cell) in enumerate(summary.get(0.0, {}).items()):
+        colour = "#666666" if name == BASELINE else appearance(name, place)[0]
+        label = "dense" if name == BASELINE else f"dense, {name}"
+        accuracies.axhline(cell.mean, color=colour, linestyle="--", linewidth=1.3, zorder=1, label=label)
     gains.axhline(0, color="#000000", linewidth=1.3, zorder=1)
     gap = min(
         ((1 - low) / (1 - high) for low, high in pairwise(sparse)), default=2.0
@@ -343,28 +397,43 @@ def _panel(accuracies: Any, gains: Any, title: str, summary: Summary) -> None:
         over = {s: cell.over(summary[s][BASELINE]) for s, cell in cells.items() if BASELINE in summary[s]}
         if name != BASELINE:
             _line_of(gains, name, place, aside, {s: cell for s, cell in over.items() if cell is not None})
-    accuracies.set(title=title, ylabel="test accuracy, %")
+    accuracies.set_title(title.replace(", on ", "\non ").replace("), ", "),\n"), fontsize=11)
+    accuracies.set_ylabel("test accuracy, %")
     gains.set(
         ylabel="points gained over vanilla", xlabel="sparsity: weights removed, % (log scale of what remains)"
     )
     gains.set_xscale("log")
     gains.invert_xaxis()
     gains.set_xticks(
-        [100 * (1 - sparsity) for sparsity in sparse], [f"{100 * sparsity:.4g}" for sparsity in sparse]
+        [100 * (1 - sparsity) for sparsity in sparse], [f"{100 * sparsity:.3g}" for sparsity in sparse]
     )
     for axes in (accuracies, gains):
         axes.minorticks_off()
         axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    accuracies.set_ylim(top=min(accuracies.get_ylim()[1], 100.5))  # an interval may reach beyond what can be
+    low, high = accuracies.get_ylim()
+    accuracies.set_ylim(max(low, -0.5), min(high, 100.5))  # an interval may reach beyond what can be
     handles, labels = accuracies.get_legend_handles_labels()
     place_below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 5}
     gains.legend(handles, labels, title="mean and 95 % interval over seeds", frameon=False, **place_below)
 
 
+def appearance(name: str, place: int) -> tuple[str, str]:
+    """The colour and the marker of a variant, the same in every picture.
+
+    Args:
+        name: of the variant.
+        place: its number in the picture, for those that have none of their own.
+
+    Returns:
+        As matplotlib takes them.
+    """
+    return _LOOK.get(name, (_OTHERS[place % len(_OTHERS)], "hpd8*"[place % 5]))
+
+
 def _line_of(axes: Any, name: str, place: int, aside: float, cells: Mapping[float, Cell]) -> None:
-    colour, marker = _LOOK.get(name, (_OTHERS[place % len(_OTHERS)], "hpd8*"[place % 5]))
+    colour, marker = appearance(name, place)
     at = [100 * (1 - sparsity) * aside for sparsity in cells]
     means = [cell.mean for cell in cells.values()]
     widths = [cell.interval or 0.0 for cell in cells.values()]
@@ -382,7 +451,15 @@ def _text(cell: Cell | None, sign: str) -> str:
     )
 
 
-def _grid(lines: list[list[str]]) -> str:
+def grid_of(lines: list[list[str]]) -> str:
+    """Lines of cells as a table in text (and Markdown), the first its head.
+
+    Args:
+        lines: of equal length.
+
+    Returns:
+        The text.
+    """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * (width + 2) for width in widths]
     text = [

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from sparsetweaks.surgery.skips import inject_skips
 REWINDING = 33 / 180  # of the epochs: the paper, 4.1, where it says "18 %"
 AVERAGING = 0.75  # of the epochs, after which weights are averaged (Izmailov et al. 2018, 4.1)
 COUNTED = ("nonzeros", "added", "budget", "parameters", "nonzero_parameters", "flops", "effective_flops")
+MEASURED_ON = ("precision", "compiled", "threads", "torch", "hardware")
 
 
 def spend(
@@ -39,6 +40,7 @@ def spend(
     folder: Path,
     name: str = "vanilla",
     rewind_epoch: int | None = None,
+    keep_epochs: Sequence[int] = (),
     on_epoch: Callable[[Trained], None] | None = None,
 ) -> Trained:
     """Retrain a ticket with tweaks; a run that is already in `folder` is read back, one that was cut off goes on.
@@ -52,14 +54,15 @@ def spend(
         folder: to keep the run in, under a name made of everything that determines it.
         name: of the tweaks, for whoever watches.
         rewind_epoch: see `train`; the default is the one of `rewinding_epoch` for a dense ticket, 0 for others.
+        keep_epochs: see `train`. A run that is there without them is run again, under the same name.
         on_epoch: see `train`.
 
     Returns:
         What the training came to. Its note tells the non-zeros, the times and the machine.
 
     Raises:
-        LotteryError: when the ticket belongs to other data, has no weights of the kind that the tweaks start from, or
-            the tweaks add more than survives.
+        LotteryError: when the ticket belongs to other data, has no weights of the kind that the tweaks start from, the
+            tweaks add more than survives, or another version has kept a run of this name that says too little.
     """
     if ticket.fingerprint != data.fingerprint:
         raise LotteryError(
@@ -68,8 +71,8 @@ def spend(
     if rewind_epoch is None:
         rewind_epoch = 0 if ticket.level else rewinding_epoch(recipe)
     path = folder / f"{run_key(ticket, tweaks, recipe, seed=seed, rewind_epoch=rewind_epoch)}.safetensors"
-    kept = ranks.from_leader(lambda: load_trained(path) if path.is_file() else None)
-    if kept is not None and kept.test is not None:
+    kept = ranks.from_leader(lambda: load_run(path) if path.is_file() else None)
+    if kept is not None and kept.test is not None and not kept.lacks(keep_epochs):
         return kept
     teacher = None
     if tweaks.distillation:
@@ -90,11 +93,34 @@ def spend(
         loss=loss,
         teacher=teacher,
         rewind_epoch=rewind_epoch,
+        keep_epochs=keep_epochs,
         checkpoint=path,
         note=note,
         title=_title(ticket, name, seed),
         on_epoch=on_epoch,
     )
+
+
+def load_run(path: Path) -> Trained:
+    """Read a run that `spend` keeps, finished or not, and check that it says what a row of results needs.
+
+    Args:
+        path: of its file.
+
+    Returns:
+        What the training came to.
+
+    Raises:
+        LotteryError: as `load_trained`; and for a run of a version that noted less, as what it took cannot be told later.
+    """
+    trained = load_trained(path)
+    missing = [name for name in (*COUNTED, "prepare_seconds", *MEASURED_ON) if name not in trained.note]
+    if missing:
+        raise LotteryError(
+            f"{path} was kept by another version of sparsetweaks, which noted no {', '.join(missing)}: choose another "
+            "folder with --out, or delete this file to have it run anew"
+        )
+    return trained
 
 
 def rewinding_epoch(recipe: Recipe) -> int:
@@ -133,9 +159,9 @@ def run_key(
     options = dataclasses.asdict(tweaks)
     for name, function in (("skips", inject_skips), ("scales", learn_layer_scales)):
         given = options[name]
-        options[name] = None if given is None else {**_defaults(function), **given}
+        options[name] = None if given is None else {**defaults_of(function), **given}
     if tweaks.distillation:
-        taught = _defaults(distillation_loss)
+        taught = defaults_of(distillation_loss)
         options["distillation"] = [taught["temperature"], taught["weight"]]
     if tweaks.averaging:
         options["averaging"] = AVERAGING
@@ -180,10 +206,7 @@ def row(
         "train_seconds": round(trained.seconds, 3),
         "step_milliseconds": round(1000 * trained.seconds / trained.steps, 3),
         "prepare_seconds": round(trained.note["prepare_seconds"], 3),
-        **{
-            column: trained.note[column]
-            for column in ("precision", "compiled", "threads", "torch", "hardware")
-        },
+        **{column: trained.note[column] for column in MEASURED_ON},
     }
 
 
@@ -215,8 +238,15 @@ def processor() -> str:
     return str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
 
 
-def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    """Keyword options with their defaults: a run made before a default changed is not one made after it."""
+def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Keyword options with their defaults: a run made before a default changed is not one made after it.
+
+    Args:
+        function: whose.
+
+    Returns:
+        Values by name.
+    """
     options = inspect.signature(function).parameters.values()
     return {option.name: option.default for option in options if option.kind is option.KEYWORD_ONLY}
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,20 @@ class Trained:
     steps: int = 0
     averaged: int = 0  # epochs whose weights are in the average
     note: dict[str, Any] = field(default_factory=dict)  # of the caller's
-    weights: dict[str, State] = field(default_factory=dict, repr=False)  # "last", "best", "rewind", "average"
+    weights: dict[str, State] = field(
+        default_factory=dict, repr=False
+    )  # "last", "best", "rewind", `after(3)`
     title: str = field(default="", compare=False)  # of this training, for whoever watches
     total: int = field(default=0, compare=False)  # epochs that it is to have
+
+    def lacks(self, epochs: Sequence[int]) -> bool:
+        """Whether one of these epochs is over and its weights were not kept."""
+        return any(epoch <= self.epochs and after(epoch) not in self.weights for epoch in epochs)
+
+
+def after(epoch: int) -> str:
+    """What the weights after an epoch are kept as, where a training was asked to keep them."""
+    return f"epoch {epoch}"
 
 
 def train(
@@ -56,6 +67,7 @@ def train(
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     teacher: nn.Module | None = None,
     rewind_epoch: int = 0,
+    keep_epochs: Sequence[int] = (),
     checkpoint: Path | None = None,
     note: dict[str, Any] | None = None,
     title: str = "",
@@ -76,6 +88,8 @@ def train(
         loss: of logits and labels; default cross-entropy.
         teacher: a network to learn from as well, by `distillation_loss`.
         rewind_epoch: after how many epochs to remember the weights; 0, the start, is the original lottery ticket (k = 0).
+        keep_epochs: after which epochs to keep the weights as well, for whoever looks at the path of the training: numbers
+            from 1 to the last. A checkpoint that has passed one of them without is begun anew, to the same end.
         checkpoint: a file to keep the state in, so often that it takes a hundredth of the time at most; a training that
             was cut off goes on from there, a finished one is read back. Default: none.
         note: anything JSON can hold, kept with the result.
@@ -86,8 +100,8 @@ def train(
         Accuracies, weights and times.
 
     Raises:
-        LotteryError: when the loss is not finite, at the end of the epoch in which that happened, or when batches cannot
-            be shared equally.
+        LotteryError: when the loss is not finite, at the end of the epoch in which that happened; when batches cannot be
+            shared equally; or for an epoch to keep that there is not.
 
     Example:
         >>> from sparsetweaks.lottery.config import Network
@@ -97,6 +111,10 @@ def train(
         >>> train(model, data, Recipe(epochs=1), seed=0).best_epoch
         1
     """
+    if not all(1 <= epoch <= recipe.epochs for epoch in keep_epochs):
+        raise LotteryError(
+            f"keep_epochs must lie between 1 and {recipe.epochs}, the last, got {list(keep_epochs)}"
+        )
     device = data.mean.device
     loss = nn.CrossEntropyLoss() if loss is None else loss
     model.to(device).to(memory_format=torch.channels_last)
@@ -114,7 +132,7 @@ def train(
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(recipe, device))
     padding = round(recipe.crop_padding * data.train.images.shape[-1])
     steps = max(1, len(data.train) // recipe.batch_size)  # per epoch
-    kept = ranks.from_leader(lambda: _kept(checkpoint))
+    kept = ranks.from_leader(lambda: _kept(checkpoint, keep_epochs))
     if kept is None:
         done = Trained(note=note or {}, weights={"rewind": _copy(model)})
     else:
@@ -160,6 +178,8 @@ def train(
                 done.weights["best"] = done.weights["last"]
             if epoch + 1 == rewind_epoch:
                 done.weights["rewind"] = done.weights["last"]
+            if epoch + 1 in keep_epochs:
+                done.weights[after(epoch + 1)] = done.weights["last"]
             if recipe.average_from is not None and epoch >= recipe.average_from * recipe.epochs:
                 _add_to_average(done)
             save_if_due()
@@ -393,9 +413,12 @@ def _save(
     save(checkpoint, "training", header, groups)
 
 
-def _kept(checkpoint: Path | None) -> tuple[Trained, State] | None:
-    """What a training that was cut off, or is finished, has left."""
-    return None if checkpoint is None or not checkpoint.is_file() else _read(checkpoint)
+def _kept(checkpoint: Path | None, keep_epochs: Sequence[int]) -> tuple[Trained, State] | None:
+    """What a training that was cut off, or is finished, has left, if that has the weights of all epochs to keep."""
+    if checkpoint is None or not checkpoint.is_file():
+        return None
+    done, momentum = _read(checkpoint)
+    return None if done.lacks(keep_epochs) else (done, momentum)
 
 
 def _resumed(done: Trained, momentum: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> Trained:

@@ -151,7 +151,7 @@ def test_a_figure_by_the_command_line(monkeypatch, tmp_path: Path, capsys) -> No
         (["draw", "--model", "lenet"], 1, "unknown network 'lenet'"),
         (["draw", "--method", "snip"], 1, "say to which --sparsity"),
         (["draw", "--masks", "nowhere"], 1, "nowhere does not exist"),
-        (["reproduce", "2"], 1, "unknown figure '2'; choose from 1a"),
+        (["reproduce", "3"], 1, "unknown figure '3'; choose from 1a"),
         (["reproduce", "4a", "--preset", "paper"], 1, "needs --data"),
         (["reproduce", "4a", "--device", "cuda:99"], 1, "cannot train on the device 'cuda:99'"),
         (

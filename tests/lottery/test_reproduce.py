@@ -10,18 +10,12 @@ import pytest
 
 from sparsetweaks.lottery.config import LotteryError, Network, Recipe, variant
 from sparsetweaks.lottery.experiment import Experiment, Source, compare
+from sparsetweaks.lottery.figures import FIGURES, PRESETS, Claim
+from sparsetweaks.lottery.files import save
 from sparsetweaks.lottery.report import report
-from sparsetweaks.lottery.reproduce import (
-    FIGURES,
-    PRESETS,
-    Claim,
-    comparison,
-    experiments,
-    overview,
-    reproduce,
-    verdict,
-)
+from sparsetweaks.lottery.reproduce import comparison, experiments, overview, reproduce, verdict
 from sparsetweaks.lottery.results import read_rows
+from sparsetweaks.lottery.train import load_trained, save_trained
 from sparsetweaks.lottery.train import train as real_train
 
 RECIPE = Recipe(epochs=2, batch_size=64, precision="float32")
@@ -85,8 +79,10 @@ def test_what_an_experiment_says_is_checked() -> None:
 # ----------------------------------------------------------------------------------------------------- figures
 
 
-def test_every_figure_that_training_makes_is_there() -> None:
-    assert list(FIGURES) == ["1a", "1b", "1c", "1d", "4a", "4b", "6", "7", "8", "9", "A13"]
+def test_every_figure_is_there() -> None:
+    assert list(FIGURES) == (
+        ["1a", "1b", "1c", "1d", "2", "4a", "4b", "5", "6", "7", "8", "9", "10", "11", "A1", "A12", "A13"]
+    )
     for figure in FIGURES.values():
         for claim in figure.claims:
             assert {claim.variant, claim.over} <= set(figure.variants)
@@ -100,14 +96,18 @@ def test_figures_say_what_they_need(figure: str) -> None:
         experiments(figure, "paper")
     parts = experiments(figure, "paper", ["CIFAR-100", "CIFAR-10", "tiny"])
     assert len(parts) == (4 if figure == "6" else 3 if figure == "7" else 1)
+    assert len(experiments(figure, "cifar10-small", ["images"])) == 2  # with residuals and without
     assert all(part.recipe == Recipe() and part.levels == 16 for part in parts)
+    if FIGURES[figure].deciding:
+        assert parts[0].spent == (11,)  # 91.4 % sparse
+        assert 0.9 < parts[0].sparsities[10] < 0.92
     assert parts[0].network == Network("resnet18")
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("2", "digits"), "unknown figure '2'; choose from 1a, 1b"),
+        (("3", "digits"), "unknown figure '3'; choose from 1a, 1b"),
         (("4a", "huge"), "unknown preset 'huge'; choose from digits, cifar10-small, paper"),
         (("4a", "digits", ["folder"]), "brings its data: leave out --data"),
     ],
@@ -140,8 +140,79 @@ def test_a_figure_leaves_picture_numbers_and_a_comparison(small: None, figure: s
     dense = {row["variant"] for row in rows if float(row["sparsity"]) == 0}
     assert dense == set(FIGURES[figure].dense)
     shown = overview(tmp_path)
-    assert re.search(rf"^{figure} +digits +\d+ +\d+ +yes ", shown, flags=re.MULTILINE)
+    assert re.search(rf"^{figure} +digits +\d+ +\d+ +[\d.]+ \w+ +yes ", shown, flags=re.MULTILINE)
     assert shown.count("  yes  ") == 1
+
+
+@pytest.mark.parametrize(
+    ("figure", "spaces", "quantity"),
+    [
+        ("2", {"kept weights", "all weights"}, "eigenvalue"),
+        pytest.param("5", {"kept weights", "all weights"}, "median rise", marks=pytest.mark.slow),
+        ("10", {"kept weights", "all weights"}, "rise"),
+        pytest.param("11", {"inputs"}, "rise", marks=pytest.mark.slow),
+        ("A1", {"stem", "stage 1", "stage 2", "stage 3", "all stages"}, "near zeros"),
+        ("A12", {"kept weights", "all weights"}, "eigenvalue"),
+    ],
+)
+def test_a_figure_of_looks_leaves_the_same(
+    small: None, figure: str, spaces: set[str], quantity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+    told = reproduce(figure, "digits", tmp_path, on_run=lambda *call: calls.append(call))
+    assert calls == [(done, len(calls)) for done in range(1, len(calls) + 1)]
+    base = tmp_path / "figures" / f"{figure}-digits"
+    picture = base.with_suffix(".png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) < 150_000
+    with base.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["space"] for row in rows} == spaces
+    assert quantity in {row["quantity"] for row in rows}
+    assert {row["variant"] for row in rows} == set(FIGURES[figure].variants)
+    assert {(row["seeds"], row["seed_list"]) for row in rows} == {("2", "0 1")}
+    assert all(row["torch"] and row["hardware"] for row in rows)
+    if FIGURES[figure].moments != "best":
+        assert {row["epoch"] for row in rows} == ({"1"} if figure == "5" else {"1", "2"})
+    lines = base.with_suffix(".txt").read_text().splitlines()
+    assert len(lines) == len(FIGURES[figure].claims) + ("all weights" in spaces)
+    for line, claim in zip(lines, FIGURES[figure].claims, strict=False):
+        assert f"the paper says that {claim.variant} {claim.words}. Here, the {claim.quantity} of" in line
+        assert line in told
+    monkeypatch.setattr(
+        "sparsetweaks.lottery.spend.train", pytest.fail
+    )  # nothing is trained again, nor looked at
+    monkeypatch.setattr("sparsetweaks.lottery.smoothness.spent_network", pytest.fail)
+    assert reproduce(figure, "digits", tmp_path) == told
+
+
+def test_runs_of_another_version_are_named_and_not_a_key_error(small: None, tmp_path: Path) -> None:
+    reproduce("1c", "digits", tmp_path)
+    run = next((tmp_path / "runs").iterdir())
+    trained = load_trained(run)
+    del trained.note["nonzero_parameters"]
+    save_trained(run, trained)
+    with pytest.raises(
+        LotteryError, match=r"another version .* noted no nonzero_parameters: .*--out, or delete"
+    ):
+        reproduce("1c", "digits", tmp_path)
+    run.unlink()
+    assert "Figure 1c" in reproduce("1c", "digits", tmp_path)
+
+
+def test_looks_of_another_version_are_named(small: None, tmp_path: Path) -> None:
+    reproduce("A1", "digits", tmp_path)
+    look = next((tmp_path / "analyses").iterdir())
+    save(look, "ticket", {}, {})
+    with pytest.raises(LotteryError, match=r"holds: ticket, .*; wanted: analysis, .*--out"):
+        reproduce("A1", "digits", tmp_path)
+
+
+def test_each_preset_says_how_long_it_takes(tmp_path: Path) -> None:
+    shown = overview(tmp_path)
+    assert re.search(r"^4a +cifar10-small +54 +864 +1\.\d h +no ", shown, flags=re.MULTILINE)
+    hours = re.search(r"cifar10-small: .*\n.* 252 trainings, about ([\d.]+) h on one thread", shown)
+    assert float(hours[1]) <= 6  # at most three hours on two cores
+    assert re.search(r"digits: .*\n.* 369 trainings, about \d+ min", shown)
 
 
 def test_gains_are_judged_by_their_interval() -> None:
@@ -168,9 +239,10 @@ def test_a_claim_is_judged_at_the_sparsity_it_is_made_for() -> None:
                     "train_images": 9,
                 }
                 rows.append({**setting, "sparsity": sparsity, "variant": name, "seed": seed, "test": test})
-    lines = comparison("4a", rows).splitlines()
-    assert "at 90 % sparsity: +0.0 ± 0.0" in lines[0]
-    assert "TRT over vanilla at 50 % sparsity: +5.0 ± 0.0 points over 2 seeds; in agreement" in lines[1]
+    found = comparison("4a", rows)
+    assert "at 90 % sparsity: +0.0 ± 0.0" in found[0].ours
+    words = "TRT over vanilla at 50 % sparsity: +5.0 ± 0.0 points over 2 seeds; in agreement"
+    assert words in found[1].line("4a")
 
 
 # ------------------------------------------------------------------------------------------------------ report

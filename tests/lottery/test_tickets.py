@@ -187,7 +187,7 @@ def test_broken_and_foreign_files_are_named(
 
 def test_a_training_is_no_ticket(digits: Data, tickets: list[Ticket], tmp_path: Path) -> None:
     spend(tickets[1], Tweaks(), digits, RECIPE, seed=0, folder=tmp_path)
-    with pytest.raises(LotteryError, match="is a training of format 2; wanted is a ticket"):
+    with pytest.raises(LotteryError, match="holds: training, format 2; wanted: ticket, format 2"):
         load_ticket(next(tmp_path.iterdir()))
 
 
