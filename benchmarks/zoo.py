@@ -75,7 +75,7 @@ from sparsetweaks.surgery import kinds as k
 from sparsetweaks.surgery import programs, scopes
 from sparsetweaks.surgery import sites as s
 
-LARGE = 150_000_000
+LARGE = 450_000_000
 """Models with more parameters are only looked at on the meta device."""
 
 MEDIUM = 3_000_000
@@ -84,7 +84,7 @@ MEDIUM = 3_000_000
 QUICK = 1.0
 """CPU seconds: models that run faster than this run in train mode with learned skips, too."""
 
-MEMORY = 8 * 2**30
+MEMORY = 14 * 2**30
 """Bytes of address space beyond the parent's that one model may take."""
 
 ROUNDING = 1e-5
@@ -429,7 +429,7 @@ class Examination:
         errors: list[str] = []
         fallback = None
         begun = time.process_time()
-        for specimen in zoo_models.specimens(self.family, self.name):
+        for specimen in specimens(self.family, self.name):
             if errors and time.process_time() - begun > self.seconds:
                 errors.append(f"given up after {self.seconds:g} CPU s")
                 break
@@ -487,7 +487,6 @@ class Examination:
             second = lambda: st.inject_skips(swapped, layers=LAYERS, strength=0.0)
             swapped = self.surgery("inject 0 after swap", second, model, before)
         if swapped is not None:
-            self.bodies = bodies(swapped)
             self.neutral("inject 0 after swap", swapped, model, specimen, reference, train)
             swapped = None
         learned = self.surgery("inject learned", lambda: self.inject(model), model, before)
@@ -591,6 +590,8 @@ class Examination:
     ) -> None:
         """At its neutral setting a surgery changes nothing, bit for bit."""
         self.tell(f"running after {what}")
+        called: set[nn.Module] = set()
+        watches = [m.register_forward_pre_hook(lambda m, _: called.add(m)) for m in rewritten(result)]
         try:
             outcome = run(result, specimen, train=train)
         except Exception as error:
@@ -600,6 +601,12 @@ class Examination:
         if outcome.train_error:
             self.wrong.append(f"{what}: train run raises {outcome.train_error}")
             return
+        for watch in watches:
+            watch.remove()
+        if not self.bodies:  # of the first run, which has every rewriting
+            self.bodies = bodies(called)
+            if idle := len(bodies(rewritten(result)) - self.bodies):
+                self.notes.append(f"{idle} of its rewritten forwards are not called by this input")
         for kind, value in self.compare(reference, outcome).items():
             if value == 0 or value <= 10 * self.own_difference(model, specimen, reference).get(kind, 0.0):
                 continue
@@ -684,23 +691,34 @@ class Examination:
         verdict = self.verdict()
         if swapped is None or verdict in ("wrong", "exception"):
             return verdict
-        unproven = bodies(swapped) - self.proven
+        unproven = bodies(rewritten(swapped)) - self.proven
         self.row["proof"] = "structure" if unproven else "alike"
         if unproven:
             self.notes.append(f"{len(unproven)} of its rewritten forwards are not proven by a run")
         return "structure only" if unproven else verdict
 
 
-def bodies(model: nn.Module) -> set[str]:
-    """A digest of each rewritten forward of a model, in which every number stands for any number."""
-    found = {m for m in model.modules() if isinstance(m, programs.Rewritten)}
+def rewritten(model: nn.Module) -> set[nn.Module]:
+    return {m for m in model.modules() if isinstance(m, programs.Rewritten)}
+
+
+def bodies(found: set[Any]) -> set[str]:
+    """A digest of each of these rewritten forwards, in which every number stands for any number."""
     texts = {f"{m._original.__module__} {m._original.__qualname__} {m._program.source}" for m in found}
     return {hashlib.sha256(re.sub(r"\d+", "#", text).encode()).hexdigest()[:8] for text in texts}
 
 
+def specimens(family: str, name: str) -> Iterator[zoo_models.Specimen]:
+    """The ways to build a model; that a library it needs is not here is the model's own failure."""
+    try:
+        yield from zoo_models.specimens(family, name)
+    except ImportError as error:
+        raise ModelFails(one_line(error)) from error
+
+
 def build_on_meta(family: str, name: str) -> nn.Module:
     errors = []
-    for specimen in zoo_models.specimens(family, name):
+    for specimen in specimens(family, name):
         try:
             with torch.device("meta"):
                 return specimen.build()

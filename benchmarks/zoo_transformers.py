@@ -46,6 +46,30 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "efficientnet": {"depth_coefficient": 0.2, "width_coefficient": 0.5},
     "esm": {"pad_token_id": 1, "mask_token_id": 4},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "diffusion_gemma": {
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 16,
+    },
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+    },
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 4, "<image>": 5}},
+    "granite4_vision": {"deepstack_layer_map": [(0, 0), (1, 1)]},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_vl": {"text_config.head_dim": 16},
+    "hunyuan_vl_text": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
+    "ministral": {"head_dim": 16},
+    "moonshine_streaming": {"num_key_value_heads": 8},
+    "nemotron": {"num_key_value_heads": 8},
+    "neomme": {"num_hidden_layers": 6},
 }
 """Settings that a type's default configuration lacks or that do not fit a small one; dots lead into nested ones."""
 
@@ -86,6 +110,22 @@ INPUTS: dict[str, Callable[[Any], Shapes]] = {
         "pixel_values": (2, 36, 3 * config.patch_size**2),
         "pixel_position_ids": grid(2, 6),
     },
+    **dict.fromkeys(
+        [
+            "glm4v_moe",
+            "glm5_next",
+            "lfm3_vl",
+            "kosmos-2",
+            "minicpm_ocr",
+            "minicpmv4_6",
+            "minicpmv4_7",
+            "emu3",
+            "hunyuan_vl",
+        ],
+        lambda config: {"input_ids": (2, 8)},
+    ),
+    "granite_speech5_ctc": lambda config: {"input_features": (2, 64, 320)},
+    "granite_speech5_encoder": lambda config: {"input_features": (2, 64, 320)},
     "inkling2_vision": lambda config: {
         "pixel_values": (16, *[config.patch_size * config.spatial_merge_size] * 2, 3),
         "image_grid_thw": constant([1, 4, 4]),
@@ -99,6 +139,11 @@ INPUTS: dict[str, Callable[[Any], Shapes]] = {
         "pixel_values": (2, 4, 3, config.vision_config.image_size, config.vision_config.image_size),
         "qformer_input_ids": (2, 8),
         "input_ids": with_pictures(config, 4 * config.num_query_tokens),
+    },
+    "lxmert": lambda config: {
+        "input_ids": (2, 8),
+        "visual_feats": (2, 4, config.visual_feat_dim),
+        "visual_pos": (2, 4, config.visual_pos_dim),
     },
     "lightglue": lambda config: {"pixel_values": (1, 2, 1, 64, 64)},
     "mimi_decoder": lambda config: {"latents": (2, config.hidden_size, 8)},
@@ -170,7 +215,8 @@ def specimens(name: str) -> Iterator[tuple[Callable[[], Any], Any, str, Any]]:
         for key, value in SETTINGS.get(name, {}).items():
             _set(config, key, value)
         build = functools.partial(cls._from_config, config)
-        for recipe in [INPUTS[name](config)] if name in INPUTS else _recipes(config, takes):
+        recipes = [INPUTS[name](config)] if name in INPUTS else list(_recipes(config, takes))
+        for recipe in recipes or [{}]:  # what takes something else entirely is built, at least
             text = ", ".join(
                 key if callable(shape) else f"{key} {'x'.join(map(str, shape))}"
                 for key, shape in recipe.items()
