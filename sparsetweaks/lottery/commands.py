@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from sparsetweaks.lottery.draw import (
     draw_untrained,
     ticket_path,
 )
+from sparsetweaks.lottery.experiment import Source, pools_row, spend_row
 from sparsetweaks.lottery.files import alone
 from sparsetweaks.lottery.grid import run_all
 from sparsetweaks.lottery.options import (
@@ -43,13 +45,11 @@ from sparsetweaks.lottery.options import (
     split,
 )
 from sparsetweaks.lottery.pools import NAME as POOLS
-from sparsetweaks.lottery.pools import pool, pool_row
 from sparsetweaks.lottery.progress import Progress
 from sparsetweaks.lottery.ranks import joined, leads
 from sparsetweaks.lottery.report import report
 from sparsetweaks.lottery.reproduce import PRESETS, experiments, overview, reproduce
 from sparsetweaks.lottery.results import append_row, plot, read_rows, summarise, table
-from sparsetweaks.lottery.spend import row, spend
 from sparsetweaks.lottery.store import Ticket, load_ticket
 
 
@@ -129,42 +129,53 @@ def draw_command(
     help=f"Which tweaks, joined by +, of: {', '.join(PARTS)}; or {POOLS}, which interpolates the tickets.",
 )  # fmt: skip
 @RECIPE_OPTIONS
+@ENGINE_OPTIONS
 @click.option(
     "--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="[default: that of each ticket]"
 )
 @OUT_OPTION
 def spend_command(
     tickets: tuple[Path, ...], model: str | None, names: tuple[str, ...], seeds: tuple[int, ...], out: Path,
+    engine: str, processes: int, threads_per_run: int | None, gpus_per_run: float | None, ray_address: str | None,
     **given: Any,
 ) -> None:  # fmt: skip
     """Retrain TICKETS with tweaks and without; add a row of results per run, and print the table."""
     (data, events, plan), chosen = split(given), dict.fromkeys(names)
     tweaks = {name: variant(name) for name in (*chosen, "vanilla") if name != POOLS}
-    with joined(), alone(out):
+    how: dict[str, Any] = {
+        "engine": engine, "processes": processes, "threads_per_run": threads_per_run, "gpus_per_run": gpus_per_run,
+        "ray_address": ray_address,
+    }  # fmt: skip
+    with joined(), engine_of(data["device"], **how) as run, alone(out):
         loaded = [load_ticket(path, model=model) for path in tickets]
-        images, rows = load_data(out, **data), out / "results.csv"
-        known = {(each["run"], each["variant"]) for each in read_rows(rows)}
+        known = {(each["run"], each["variant"]) for each in read_rows(out / "results.csv")}
         cells = [
-            (t, name, seed)
-            for t in loaded
-            for name in (chosen if t.level else ["vanilla"])
-            for seed in seeds or [t.seed]
+            (ticket, name, seed)
+            for ticket in loaded
+            for name in (chosen if ticket.level else ["vanilla"])
+            for seed in seeds or [ticket.seed]
         ]
         with Progress(len(cells) * plan.epochs, "epoch", events=events_of(out, events)) as progress:
-            for number, (ticket, name, seed) in enumerate(cells, 1):
-                common: dict[str, Any] = {"seed": seed, "folder": out / "runs"}
+            common: dict[str, Any] = {
+                "source": Source(data["source"], data["size"], data["limit"], data["split_seed"]),
+                "recipe": plan, "folder": out.resolve(), "device": data["device"],
+            }  # fmt: skip
+            here = engine == "local" and processes == 1
+            watch = progress.epoch if here else progress.events
+
+            def task(ticket: Ticket, name: str, seed: int) -> Callable[[], dict[str, Any]]:
                 if name == POOLS:
-                    trained = pool(ticket, loaded, images, plan, **common)
-                    result = pool_row(ticket, loaded, images, plan, trained, seed=seed)
-                else:
-                    common |= {"name": name, "on_epoch": progress.epoch}
-                    trained = spend(ticket, tweaks[name], images, plan, **common)
-                    result = row(ticket, name, tweaks[name], images, plan, trained, seed=seed)
-                if leads() and (result["run"], name) not in known:
-                    append_row(rows, result)
-                progress.reach(number * plan.epochs)
-                accuracy = f"{100 * result['test']:.1f} % in test"
-                progress.line(f"{_describe(ticket)}, {name}, seed {seed}: {accuracy}; {progress.left()}")
+                    return partial(pools_row, ticket, loaded, seed=seed, **common)
+                return partial(spend_row, ticket, name, tweaks[name], seed=seed, on_epoch=watch, **common)
+
+            done = 0
+            for first in (True, False):  # what is plain first, as pools are made of it
+                for result in run([task(*cell) for cell in cells if (cell[1] == "vanilla") is first]):
+                    if leads() and (result["run"], result["variant"]) not in known:
+                        append_row(out / "results.csv", result)
+                    done += 1
+                    progress.reach(done * plan.epochs)
+                    progress.line(f"{_describe_row(result)}; {progress.left()}")
         _log(out, "spend", {"variants": list(names), **data}, plan)
         _show(out)
 
@@ -249,6 +260,12 @@ def _log(out: Path, command: str, options: dict[str, Any], recipe: Recipe) -> No
 def _describe(ticket: Ticket) -> str:
     sparse = f"level {ticket.level}, {100 * ticket.sparsity:.1f} % sparse" if ticket.level else "dense"
     return f"{ticket.network.name} on {ticket.data}, {sparse}"
+
+
+def _describe_row(row: dict[str, Any]) -> str:
+    sparse = f"level {row['level']}, {100 * row['sparsity']:.1f} % sparse" if row["level"] else "dense"
+    cell = f"{row['architecture']} on {row['data']}, {sparse}, {row['variant']}, seed {row['seed']}"
+    return f"{cell}: {100 * row['test']:.1f} % in test"
 
 
 def _show(out: Path) -> None:

@@ -13,6 +13,8 @@ from sparsetweaks.lottery.config import LotteryError, Network, Recipe, Tweaks, v
 from sparsetweaks.lottery.data import Data, load
 from sparsetweaks.lottery.draw import draw, draw_one_shot
 from sparsetweaks.lottery.grid import Engine, run_all
+from sparsetweaks.lottery.layouts import SPLIT_SEED
+from sparsetweaks.lottery.pools import pool, pool_row
 from sparsetweaks.lottery.results import BASELINE, append_row, read_rows
 from sparsetweaks.lottery.spend import row, spend
 from sparsetweaks.lottery.store import Ticket
@@ -26,6 +28,7 @@ class Source:
     source: str = "digits"
     size: int | None = None
     limit: int | None = None
+    split_seed: int = SPLIT_SEED
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,12 @@ def compare(
     drawing = [partial(tickets_of, experiment, folder, device, seed, on_epoch) for seed in experiment.seeds]
     for tickets in engine(drawing):
         spending += [
-            partial(_spend, experiment, folder, device, ticket, name, on_epoch)
+            partial(
+                spend_row, ticket, name, experiment.tweaks(name), experiment.source, experiment.recipe,
+                seed=ticket.seed, folder=folder, device=device, keep_epochs=experiment.keep_epochs, on_epoch=on_epoch,
+            )
             for ticket, name in experiment.cells(tickets)
-        ]
+        ]  # fmt: skip
         done += 1
         if on_run is not None:
             on_run(done, total)
@@ -128,13 +134,14 @@ def data_of(source: Source, folder: Path, device: str) -> Data:
 
     Args:
         source: which.
-        folder: of the comparison, for its cache.
+        folder: of the comparison, for its cache of decoded images.
         device: to put it on.
 
     Returns:
         What `load` gives.
     """
-    return load(source.source, size=source.size, limit=source.limit, cache=folder / "cache").to(device)
+    options: dict[str, Any] = {"size": source.size, "limit": source.limit, "split_seed": source.split_seed}
+    return load(source.source, cache=folder / "cache", **options).to(device)
 
 
 def tickets_of(
@@ -154,36 +161,63 @@ def tickets_of(
         The dense ticket, and one per sparsity.
     """
     data = data_of(experiment.source, folder, device)
-    common = {"seed": seed, "folder": folder, "on_epoch": on_epoch}
+    common: dict[str, Any] = {"seed": seed, "folder": folder, "on_epoch": on_epoch}
     if experiment.drawing == "omp":
-        sparsities = experiment.sparsities
-        return draw_one_shot(data, experiment.network, experiment.recipe, sparsities=sparsities, **common)  # type: ignore[arg-type]
-    levels, fraction = experiment.levels, experiment.fraction
-    return draw(data, experiment.network, experiment.recipe, levels=levels, fraction=fraction, **common)  # type: ignore[arg-type]
+        common["sparsities"] = experiment.sparsities
+        return draw_one_shot(data, experiment.network, experiment.recipe, **common)
+    common |= {"levels": experiment.levels, "fraction": experiment.fraction}
+    return draw(data, experiment.network, experiment.recipe, **common)
 
 
-def _spend(
-    experiment: Experiment,
-    folder: Path,
-    device: str,
+def spend_row(
     ticket: Ticket,
     name: str,
-    on_epoch: Callable[[Trained], None] | None,
+    tweaks: Tweaks,
+    source: Source,
+    recipe: Recipe,
+    *,
+    seed: int,
+    folder: Path,
+    device: str,
+    keep_epochs: Sequence[int] = (),
+    on_epoch: Callable[[Trained], None] | None = None,
 ) -> dict[str, Any]:
-    data, tweaks, recipe = (
-        data_of(experiment.source, folder, device),
-        experiment.tweaks(name),
-        experiment.recipe,
-    )
+    """Spend a ticket, in whatever process, and give its row.
+
+    Args:
+        ticket: what to retrain.
+        name: of the variant.
+        tweaks: that it stands for.
+        source: of the data.
+        recipe: how to train.
+        seed: of the training.
+        folder: for `runs/`.
+        device: to train on.
+        keep_epochs, on_epoch: see `train`.
+
+    Returns:
+        The row, see `row`.
+    """
+    data, runs = data_of(source, folder, device), folder / "runs"
     trained = spend(
-        ticket,
-        tweaks,
-        data,
-        recipe,
-        seed=ticket.seed,
-        folder=folder / "runs",
-        name=name,
-        keep_epochs=experiment.keep_epochs,
-        on_epoch=on_epoch,
-    )
-    return row(ticket, name, tweaks, data, recipe, trained, seed=ticket.seed)
+        ticket, tweaks, data, recipe,
+        seed=seed, folder=runs, name=name, keep_epochs=keep_epochs, on_epoch=on_epoch,
+    )  # fmt: skip
+    return row(ticket, name, tweaks, data, recipe, trained, seed=seed)
+
+
+def pools_row(
+    ticket: Ticket, tickets: Sequence[Ticket], source: Source, recipe: Recipe, *, seed: int, folder: Path, device: str
+) -> dict[str, Any]:  # fmt: skip
+    """The same for Lottery Pools.
+
+    Args:
+        ticket, tickets: see `pool`.
+        source, recipe, seed, folder, device: as in `spend_row`.
+
+    Returns:
+        The row.
+    """
+    data = data_of(source, folder, device)
+    trained = pool(ticket, tickets, data, recipe, seed=seed, folder=folder / "runs")
+    return pool_row(ticket, tickets, data, recipe, trained, seed=seed)

@@ -17,7 +17,7 @@ from sparsetweaks.lottery.events import EventFiles
 from sparsetweaks.lottery.grid import Engine, run_all
 from sparsetweaks.lottery.layouts import SPLIT_SEED
 from sparsetweaks.lottery.on_ray import on_ray
-from sparsetweaks.lottery.ranks import leads
+from sparsetweaks.lottery.ranks import count, leads
 
 FRACTIONS = click.FloatRange(0, 1, min_open=True, max_open=True)
 COUNT = click.IntRange(min=1)
@@ -110,6 +110,10 @@ def engine_of(
     ray_address: str | None,
 ) -> Iterator[Engine]:
     """What runs the stages of a grid, for as long as the context lasts; options that it has no use for are errors."""
+    if count() > 1 and (engine, processes) != ("local", 1):
+        raise LotteryError(
+            "torchrun has several processes share each run: leave out --engine and --processes"
+        )
     if engine == "local":
         if gpus_per_run is not None or ray_address is not None:
             raise LotteryError("--gpus-per-run and --ray-address are for --engine ray")

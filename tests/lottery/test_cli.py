@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from sparsetweaks.lottery import cli
-from sparsetweaks.lottery.config import Recipe
+from sparsetweaks.lottery.config import LotteryError, Recipe
 from sparsetweaks.lottery.grid import run_all
+from sparsetweaks.lottery.options import engine_of
 from sparsetweaks.lottery.reproduce import PRESETS
+from sparsetweaks.lottery.results import read_rows
 from sparsetweaks.lottery.store import load_ticket
 
 SMALL = ["--model", "resnet8", "--width", "4", "--epochs", "1", "--batch-size", "64", "--limit", "20"]
@@ -176,6 +178,45 @@ def test_a_figure_by_the_command_line(monkeypatch, tmp_path: Path, capsys) -> No
 def test_what_a_user_can_put_right_is_one_line(monkeypatch, tmp_path, capsys, words, code, message) -> None:
     assert run(monkeypatch, *words, "--out", tmp_path / "out") == code
     assert message in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_tickets_are_spent_in_processes_as_in_one(monkeypatch, tmp_path: Path, capsys) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(monkeypatch, "draw", *SMALL, "--levels", 2, "--fraction", 0.5, "--out", one) == 0
+    tickets = capsys.readouterr().out.split()
+    words = [
+        *tickets,
+        *SMALL[4:],
+        "--variant",
+        "pools",
+        "--variant",
+        "vanilla",
+        "--variant",
+        "mish",
+        "--threads-per-run",
+        1,
+    ]
+    both = {}
+    for out, more in ((one, []), (two, ["--processes", 2, "--tensorboard"])):
+        assert run(monkeypatch, "spend", *words, "--out", out, *more) == 0
+        captured = capsys.readouterr()
+        assert "level 2, 75.0 % sparse, pools, seed 0: " in captured.err
+        both[out] = {(row["run"], row["variant"]): row["test"] for row in read_rows(out / "results.csv")}
+    assert both[one] == both[two]
+    assert len(both[one]) == 1 + 2 * 3
+    assert len(list(two.glob("events/*"))) == 5  # pools train nothing of their own
+
+
+def test_torchrun_and_several_runs_at_a_time_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsetweaks.lottery.options.count", lambda: 2)
+    rest = {"threads_per_run": None, "gpus_per_run": None, "ray_address": None}
+    for engine, processes in (("local", 2), ("ray", 1)):
+        with (
+            pytest.raises(LotteryError, match="torchrun has several processes share each run"),
+            engine_of("cpu", engine=engine, processes=processes, **rest),
+        ):
+            pass
 
 
 def test_a_figure_runs_on_the_engine_that_is_asked_for(monkeypatch, tmp_path: Path, capsys) -> None:

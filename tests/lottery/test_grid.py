@@ -291,3 +291,11 @@ def test_another_process_joins_a_ray_by_its_address(real_ray, tmp_path: Path) ->
         "2",
         str(tmp_path),
     }  # runs see the same folder
+
+
+def test_ray_and_tensorboard_are_there_when_they_are_used_and_not_before() -> None:
+    code = (
+        "import sys, sparsetweaks.lottery.commands; "
+        "assert not {'ray', 'tensorboard', 'torch.utils.tensorboard'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
