@@ -118,10 +118,9 @@ class _Held:
         stored_now = [buffers[key] for buffers, key in self._slots]
         self._stored = [(each, None if each is None else each._version) for each in stored_now]
         integer = _INTEGERS.get(self._parameter.dtype.itemsize, torch.int8)
-        mask = functools.reduce(
-            torch.Tensor.logical_and, [each != 0 for each in stored_now if each is not None]
-        )
-        self._bits = _shard_of(mask, self._parameter).to(integer).neg_()
+        kept = [each != 0 for each in stored_now if each is not None]
+        mask = functools.reduce(torch.Tensor.logical_and, kept)
+        self._bits: Tensor = _shard_of(mask, self._parameter).to(integer).neg_()
         return self._bits
 
     def zero_weight_(self, bits: Tensor) -> None:
