@@ -106,19 +106,21 @@ class _Held:
         self._parameter = place.parameter
         self._plain = place.plain
         self._slots = place.slots()
-        self._stored: list[Tensor | None] = []
-        self._versions: list[int] = []
+        self._stored: list[tuple[Tensor | None, int | None]] = [(None, -1) for _ in self._slots]
 
     def bits(self) -> Tensor:
-        stored = [buffers[key] for buffers, key in self._slots]
-        versions = [each._version for each in stored if each is not None]
-        moved = [new is not old for new, old in zip(stored, self._stored)]
-        if versions != self._versions or any(moved):  # loaded, moved or changed
-            integer = _INTEGERS.get(self._parameter.dtype.itemsize, torch.int8)
-            kept = [each != 0 for each in stored if each is not None]
-            mask = functools.reduce(torch.Tensor.logical_and, kept)
-            self._bits = _shard_of(mask, self._parameter).to(integer).neg_()
-            self._stored, self._versions = stored, versions
+        for (buffers, key), (known, version) in zip(self._slots, self._stored):
+            stored = buffers[key]
+            if stored is not known or (stored is not None and stored._version != version):
+                break  # loaded, moved or changed
+        else:
+            return self._bits
+        stored_now = [buffers[key] for buffers, key in self._slots]
+        self._stored = [(each, None if each is None else each._version) for each in stored_now]
+        integer = _INTEGERS.get(self._parameter.dtype.itemsize, torch.int8)
+        kept = [each != 0 for each in stored_now if each is not None]
+        mask = functools.reduce(torch.Tensor.logical_and, kept)
+        self._bits: Tensor = _shard_of(mask, self._parameter).to(integer).neg_()
         return self._bits
 
     def zero_weight_(self, bits: Tensor) -> None:
