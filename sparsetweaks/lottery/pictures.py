@@ -262,5 +262,6 @@ def _logarithmic(panel: Any) -> None:
     low, high = panel.get_ylim()
     few = high / low > 300
     panel.yaxis.set_major_locator(LogLocator(subs=(1.0,) if few else (1.0, 2.0, 5.0)))
-    panel.yaxis.set_major_formatter("{x:g}")
+    if high < 1e5:
+        panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_formatter(NullFormatter())
