@@ -103,9 +103,10 @@ def paper_and_ours() -> str:
         [
             *(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * 4, *lines[1:])),
             "",
-            f"Unless it says otherwise: {'; '.join(sorted(settings))}. Ranges are 95 % intervals, paired by seed; times are "
-            f"ratios of geometric means. All {len(times)} together took {used:.0f} minutes of one thread of "
-            f"{times[0]['hardware']}, torch {times[0]['torch'].split('+')[0]}.",
+            f'Unless it says otherwise: {"; ".join(sorted(settings))}. Ranges are 95 % intervals, paired by seed; "times" '
+            f"are ratios of geometric means. {len(times)} of {len(FIGURES)} were run, in {used:.0f} minutes of one thread "
+            f"of {times[0]['hardware']}, torch {times[0]['torch'].split('+')[0]}. What they say about smoothness: "
+            "[experiments/figures](experiments/figures/README.md).",
         ]
     )
 

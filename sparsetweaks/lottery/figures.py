@@ -154,7 +154,7 @@ FIGURES: dict[str, Figure] = {
             Contrast(
                 "skips",
                 "vanilla",
-                "remarkably changes the landscape, to a larger basin",
+                "remarkably change the landscape, to a larger basin",
                 "median rise",
                 "lower",
                 KEPT,
@@ -172,7 +172,7 @@ FIGURES: dict[str, Figure] = {
             Contrast(
                 "scales",
                 "vanilla",
-                "changes the contours' variance much early in training",
+                "change the contours' variance much early in training",
                 "median rise",
                 "other",
                 KEPT,
@@ -237,7 +237,7 @@ FIGURES: dict[str, Figure] = {
             Contrast(
                 "skips",
                 "vanilla",
-                "remarkably changes the landscape to the end",
+                "remarkably change the landscape to the end",
                 "rise",
                 "other",
                 INPUTS,

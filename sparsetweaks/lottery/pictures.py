@@ -58,9 +58,10 @@ def _curvature(looks: Sequence[Look], found: Readings, setting: str) -> bytes:
         panel.set_ylabel(
             "largest Hessian eigenvalue" if quantity == "eigenvalue" else "effective gradient flow"
         )
-        _logarithmic(panel)
+        panel.set_yscale("log")
         panel.set_title(title, fontsize=10)
     _match(axes[:2])
+    _plain_ticks(axes)
     return _finished(figure, axes[0], looks)
 
 
@@ -83,8 +84,9 @@ def _lines(looks: Sequence[Look], setting: str) -> bytes:
             ylabel="test loss, nats (log scale)",
         )
         panel.title.set_fontsize(10)
-        _logarithmic(panel)
+        panel.set_yscale("log")
     _match(axes)
+    _plain_ticks(axes)
     return _finished(figure, axes[0], looks)
 
 
@@ -254,13 +256,13 @@ def _finished(figure: Any, first: Any, looks: Sequence[Look]) -> bytes:
     return png_of(figure)
 
 
-def _logarithmic(panel: Any) -> None:
-    """A logarithmic axis with plain numbers, where it spans little too."""
+def _plain_ticks(axes: Sequence[Any]) -> None:
+    """Plain numbers on logarithmic axes, where they span little too."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    panel.set_yscale("log")
-    low, high = panel.get_ylim()
-    few = high / low > 300
-    panel.yaxis.set_major_locator(LogLocator(subs=(1.0,) if few else (1.0, 2.0, 5.0)))
-    panel.yaxis.set_major_formatter("{x:g}")
-    panel.yaxis.set_minor_formatter(NullFormatter())
+    for panel in axes:
+        low, high = panel.get_ylim()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 300 else (1.0, 2.0, 5.0)))
+        panel.yaxis.set_minor_formatter(NullFormatter())
+        if high < 1e5:
+            panel.yaxis.set_major_formatter("{x:g}")
