@@ -54,8 +54,8 @@ def real_images() -> str:
 def ghosts() -> str:
     """The table of `ghosts.py` for each network: what of a tweak is left when inference pays nothing for it."""
     rows = read_rows(RESULTS / "ghosts.csv")
-    if not rows:
-        return "not run yet"
+    if {row["variant"] for row in rows} <= {"vanilla"}:
+        return "Not run yet: there is nothing to compare."
     parts = []
     for title, summary in summarise(rows).items():
         parts += [f"{title}:", "", table(summary), ""]
