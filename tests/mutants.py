@@ -238,7 +238,7 @@ MUTANTS = (
     Mutant(
         "zeros held by keep_masks",
         "keeping.py",
-        "            if isinstance(value, Tensor) and value.shape == parameter.shape:\n                hold.zero_(value)",
+        "            if isinstance(value, Tensor) and value.shape == parameter.shape:\n                _zero(value, bits)",
         "            pass",
         KEEPING + "test_state_from_before_the_masks_is_zeroed_on_entry",
     ),
