@@ -8,7 +8,7 @@ TUTORIALS := $(patsubst %,docs/tutorials/%,$(notdir $(wildcard notebooks/*.ipynb
 # One thread in each of two test processes: two threads in each is many times slower on two cores.
 ONE    := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-all fuzz mutants machinery bench zoo lint results docs clean
+.PHONY: demo test test-all fuzz mutants machinery bench throughput gpu zoo lint results docs clean
 
 demo: $(READY)
 	$(BIN)/sparsetweaks demo
@@ -34,6 +34,14 @@ machinery: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pyhessian
 	$(ONE) $(BIN)/python benchmarks/bench.py $(BENCH)
+
+# What the training loop costs over the bare step, and its parts over others'.
+throughput: $(READY)
+	$(ONE) $(BIN)/python benchmarks/throughput.py
+
+# On a machine with a CUDA GPU: again and again until nothing is left, e.g. `make gpu GPU="results --data CIFAR"`.
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py $(GPU)
 
 # The sweep over other people's models, e.g. `make zoo ZOO="--family timm --filter 'resnet*'"`; it resumes.
 zoo: $(READY)

@@ -76,7 +76,7 @@ from sparsetweaks.surgery import kinds as k
 from sparsetweaks.surgery import programs, scopes
 from sparsetweaks.surgery import sites as s
 
-LARGE = 450_000_000
+LARGE = 500_000_000
 """Models with more parameters are only looked at on the meta device."""
 
 MEDIUM = 3_000_000
