@@ -792,7 +792,8 @@ def short(reason: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    text = re.sub(r"[^\s']*/site-packages/", "", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:200]}"
 
 
 # -------------------------------------------------------------------------------------------------- the sweep
