@@ -5,27 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import Call
 from torch import nn
 
 import sparsetweaks as st
 from sparsetweaks.surgery.activations import Function, InPlace
 from sparsetweaks.surgery.kinds import KINDS
-
-
-class Call(nn.Module):
-    """One activation call, whose input may be seen again."""
-
-    def __init__(self, call, seen: bool):
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-        self.call = call
-        self.seen = seen
-
-    def forward(self, x):
-        x = self.inner(x)
-        y = self.call(x)
-        return (x, y) if self.seen else y
-
 
 FORMS = {
     "F.relu": lambda x: F.relu(x),

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import Call
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -122,19 +123,6 @@ def test_no_strength_gives_nan(dtype, strength):
     y = ghost(x)
     y.sum().backward()
     assert y.dtype == dtype and y.isfinite().all() and x.grad.isfinite().all()
-
-
-class Call(nn.Module):
-    """One activation call, whose input may be seen again."""
-
-    def __init__(self, call, seen: bool):
-        super().__init__()
-        self.inner, self.call, self.seen = nn.Linear(4, 4), call, seen
-
-    def forward(self, x):
-        x = self.inner(x)
-        y = self.call(x)
-        return (x, y) if self.seen else y
 
 
 FORMS = {
