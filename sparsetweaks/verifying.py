@@ -301,7 +301,12 @@ def _check_values(old: Mapping[str, _Held], new: Mapping[str, _Held], trained: b
         one, other = was.value(), new[name].value()
         if not _equal(one, other):
             faults.append(f"{name!r} differs{_by_how_much(_gap(one, other))}")
-    return _judge("values", faults, "equal")
+    check = _judge("values", faults, "equal")
+    if not faults:
+        return check
+    return dataclasses.replace(
+        check, found=f"{check.found}; if it was trained or rescaled in between, give trained=True"
+    )
 
 
 def _check_tying(old: Mapping[str, _Held], new: Mapping[str, _Held]) -> Check:

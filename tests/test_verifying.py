@@ -202,6 +202,7 @@ def test_a_trained_ticket_is_judged_by_its_masks_and_structure():
                 train(after, optimizer)
         else:
             train(after, optimizer)
+        assert "; if it was trained or rescaled in between, give trained=True" in str(verify(model, after))
         report = verify(model, after, inputs=batch(), trained=True)
         assert verdicts(report)["values"] is None
         assert "function" not in verdicts(report)
