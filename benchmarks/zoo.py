@@ -651,7 +651,7 @@ class Examination:
             return None
         try:
             data = pickle.dumps(result)
-            programs._rewritten_class.cache_clear()
+            programs._CLASSES.clear()
             return pickle.loads(data)
         except Exception as error:
             traceback.print_exc()

@@ -10,8 +10,8 @@ parametrization from the copy breaks the original.
 from __future__ import annotations
 
 import copy
-import functools
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -143,8 +143,18 @@ _COPYING = (
 )
 
 
-@functools.cache
+_PLAIN: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+"""What `_says_nothing` answered for a class, as long as the class lives: parametrized modules have one each."""
+
+
 def _is_plain(cls: Any) -> bool:
+    plain = _PLAIN.get(cls)
+    if plain is None:
+        plain = _PLAIN[cls] = _says_nothing(cls)
+    return plain
+
+
+def _says_nothing(cls: Any) -> bool:
     """Whether a module's `__dict__` is all there is to copy: its class says nothing else about how it is copied.
 
     What torch's own layers say there is for old pickles only, and what a class says that is marked `plain_to_copy`,

@@ -38,6 +38,23 @@ class Function(nn.Module):
         return getattr(self.function, "__name__", repr(self.function))
 
 
+def copied(input: torch.Tensor) -> torch.Tensor:
+    """A copy with the gaps that its input has, as torch rounds an activation of strided memory in another way.
+
+    `clone` closes gaps. Memory in which elements overlap, as in an expanded tensor, cannot be written to: its copy is
+    dense.
+    """
+    dense = input.clone()
+    if input.layout is not torch.strided or input.is_nested or dense.stride() == input.stride():
+        return dense
+    extent = 1
+    for stride, size in sorted(zip(input.stride(), input.shape)):
+        if size > 1 and stride < extent:
+            return dense
+        extent += stride * (size - 1)
+    return input.new_empty_strided(input.shape, input.stride()).copy_(input)
+
+
 class OnCopy(nn.Module):
     """Any activation of a copy of its input, for inputs that are overwritten before the backward pass needs them."""
 
@@ -46,7 +63,7 @@ class OnCopy(nn.Module):
         self.activation = activation
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.activation(input.clone())
+        return self.activation(copied(input))
 
 
 class InPlace(nn.Module):
@@ -57,7 +74,7 @@ class InPlace(nn.Module):
         self.activation = activation
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return input.copy_(self.activation(input.clone()))
+        return input.copy_(self.activation(copied(input)))
 
 
 def swap_activations(

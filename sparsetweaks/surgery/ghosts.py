@@ -7,9 +7,9 @@ runs the original architecture and costs nothing more.
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -194,10 +194,16 @@ def _revive(original: Any) -> nn.Module:
     return made.__new__(made)
 
 
-@functools.cache
+_CLASSES: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
+"""The ghosts of activations' classes that modules have now."""
+
+
 def _ghost_class(original: Any) -> Any:
-    members = {"_original": original, "__module__": original.__module__}
-    return type(f"Ghost{original.__name__}", (GhostActivation, original), members)
+    made = _CLASSES.get(original)
+    if made is None:
+        members = {"_original": original, "__module__": original.__module__}
+        made = _CLASSES[original] = type(f"Ghost{original.__name__}", (GhostActivation, original), members)
+    return made
 
 
 def haunt(activation: nn.Module, past: Past, like: torch.Tensor | None) -> None:

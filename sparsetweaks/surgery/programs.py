@@ -10,12 +10,12 @@ from __future__ import annotations
 import builtins
 import copy
 import enum
-import functools
 import importlib
 import inspect
 import linecache
 import re
 import types
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -291,8 +291,18 @@ def _revive(original: Any, program: Program) -> nn.Module:
     return object.__new__(_rewritten_class(original, program))
 
 
-@functools.cache
+_CLASSES: weakref.WeakValueDictionary[tuple[Any, Program], Any] = weakref.WeakValueDictionary()
+"""The classes that modules have now: one that none has any more goes, and with it the class that it was made from."""
+
+
 def _rewritten_class(original: type[nn.Module], program: Program) -> Any:
+    made = _CLASSES.get((original, program))
+    if made is None:
+        made = _CLASSES[original, program] = _write_class(original, program)
+    return made
+
+
+def _write_class(original: type[nn.Module], program: Program) -> Any:
     source = program.source
     name = f"<{original.__name__} rewritten by sparsetweaks {abs(hash(source)):x}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)

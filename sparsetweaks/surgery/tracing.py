@@ -94,8 +94,8 @@ def trace_cases(module: nn.Module, names: Set[str]) -> Trace:
             except Untraceable:
                 raise
             except Exception as error:
-                if _is_optional_extra(signature, answers) and "Proxy" not in repr(error) + str(error):
-                    continue  # None where no None is allowed: the original raises there as well
+                if _raises_by_itself(signature, answers, error):
+                    continue
                 raise Untraceable(_one_line(error)) from error
             new = [name for name in asked if torch.Tensor not in questions[name]]
             if new:
@@ -160,13 +160,14 @@ def _combinations(questions: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, A
         yield dict(zip(questions, answers))
 
 
-def _is_optional_extra(signature: inspect.Signature, answers: dict[str, Any]) -> bool:
-    """Whether this case passes None for an argument that has no default."""
-    return any(
+def _raises_by_itself(signature: inspect.Signature, answers: dict[str, Any], error: Exception) -> bool:
+    """Whether the original raises as well in this case: where it passes None for an argument that has no default."""
+    none_for_needed = any(
         answer is None and signature.parameters[name].default is inspect.Parameter.empty
         for name, answer in answers.items()
         if name in signature.parameters
     )
+    return none_for_needed and "Proxy" not in repr(error) + str(error)
 
 
 class _NotConstant(Exception):
@@ -202,7 +203,7 @@ def _trace_one(
         if tracer.refusal is not None:
             raise tracer.refusal from error
         symbolic = [name for name in tracer.plain if answers[name] is GIVEN]
-        if symbolic:
+        if symbolic and not _raises_by_itself(signature, answers, error):
             raise _NotConstant(symbolic[0]) from error
         raise
     finally:
@@ -444,6 +445,7 @@ def _watched(tracer: _Tracer) -> Iterator[None]:
 
         return call
 
+    torch.overrides.get_overridable_functions()  # torch keeps what it finds the first time: not our stand-ins
     originals = {name: getattr(torch, name) for name in _LIST_FUNCTIONS}
     for name, function in originals.items():
         setattr(torch, name, recording(function))

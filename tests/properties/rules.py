@@ -42,7 +42,6 @@ from sparsetweaks import (
     scale_layers,
     swap_activations,
 )
-from sparsetweaks.surgery import programs
 from sparsetweaks.surgery.kinds import KINDS, RELU_FAMILY
 from sparsetweaks.surgery.programs import original_class
 from sparsetweaks.testing import (
@@ -246,7 +245,6 @@ def check(case: Case) -> dict[str, int]:
         AssertionError: a rule is broken; the message ends with the case.
     """
     if next(_checked) % CASES_PER_SWEEP == 0:
-        programs._rewritten_class.cache_clear()
         gc.collect()
     try:
         return _check(case)

@@ -9,7 +9,7 @@ from small_models import Call
 from torch import nn
 
 import sparsetweaks as st
-from sparsetweaks.surgery.activations import Function, InPlace
+from sparsetweaks.surgery.activations import Function, InPlace, copied
 from sparsetweaks.surgery.kinds import KINDS
 
 FORMS = {
@@ -209,6 +209,52 @@ def test_an_input_that_is_overwritten_later_is_kept_for_the_backward_pass():
             torch.testing.assert_close(swapped(x), 2 * function(inner))
             expected = torch.autograd.grad(2 * function(inner).sum(), model.inner.weight)[0]
             torch.testing.assert_close(swapped.inner.weight.grad, expected)
+
+
+@pytest.mark.parametrize("overwrites", [False, True])
+@pytest.mark.parametrize("kind", [nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus])
+def test_an_input_with_gaps_in_memory_is_swapped_to_the_bit(kind, overwrites):
+    class Trimmed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = kind()
+
+        def forward(self, x):
+            x = (2 * x)[..., :-3]
+            return self.act(x) + x.mul_(2).sum()
+
+    class Looked(Trimmed):
+        def forward(self, x):
+            x = (2 * x)[..., :-3]
+            return F.elu(x, inplace=True) + x.sum()
+
+    model = Looked() if overwrites else Trimmed()
+    name = "elu" if overwrites else next(name for name, each in KINDS.items() if each.module is kind)
+    same = st.swap_activations(model, nn.ELU if overwrites else kind, kinds=(name,))
+    assert st.changes(same)[-1].rewritten
+    for seed in range(5):
+        x = torch.randn(2, 8, 51, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(model(x), same(x))
+
+
+@pytest.mark.parametrize(
+    "laid_out",
+    [
+        lambda x: x,
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:, ::2],
+        lambda x: x[:, None].expand(-1, 3, -1),
+        lambda x: x.unfold(1, 3, 1),
+        lambda x: x[:0, ::2],
+        lambda x: x.to_sparse(),
+    ],
+)
+def test_a_copy_holds_the_same_values_in_memory_of_its_own(laid_out):
+    x = laid_out(torch.randn(4, 6))
+    copy = copied(x)
+    assert torch.equal(copy.to_dense(), x.to_dense())
+    copy.zero_()
+    assert x.numel() == 0 or x.to_dense().any()
 
 
 def test_subclasses_without_a_forward_of_their_own_are_found_and_unregistered_ones_named():

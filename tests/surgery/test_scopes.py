@@ -62,6 +62,28 @@ def same_forward(left: nn.Module, right: nn.Module, *inputs, **options) -> None:
         torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
 
 
+def test_a_number_that_is_only_passed_on_is_no_constant():
+    # where `keys` is None the forward raises by itself, whatever the number is
+    class Inner(nn.Module):
+        def forward(self, x, keys, left_out=0):
+            return x + keys[left_out:].sum()
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x, keys, shift, left_out: int = 0):
+            return F.relu(self.inner(x, keys + shift, left_out=left_out))
+
+    model = Layer()
+    result = swapped(model)
+    x, keys = torch.randn(3), torch.arange(4.0)
+    for left_out in (0, 1, 3):
+        assert torch.equal(result(x, keys, keys, left_out), model(x, keys, keys, left_out))
+        assert torch.equal(result(x, keys, keys, left_out=left_out), model(x, keys, keys, left_out=left_out))
+
+
 @pytest.mark.parametrize(
     "options",
     [
