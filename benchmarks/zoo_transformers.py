@@ -30,7 +30,97 @@ FIRST = (
 )
 """The families that most people use, in front of all others."""
 
+
+def rotary(sections: list[int]) -> dict[str, Any]:
+    """Rotary positions in three dimensions, `sections` of the frequencies for each."""
+    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections}
+
+
+TIMM = {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": {"img_size": 64, "depth": 2}}
+QWEN3_5 = {
+    "text_config.layer_types": ["linear_attention", "full_attention"],
+    "text_config.rope_parameters": rotary([2, 1, 1]) | {"partial_rotary_factor": 0.25},
+    "vision_config.num_heads": 4,
+    "vision_config.out_hidden_size": 512,
+}
+
+CLASSES = {
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+}
+"""The class that a user calls, where the type's base class is made from another configuration than the type's."""
+
+ARGUMENTS: dict[str, Mapping[str, Any]] = {
+    "lw_detr": {
+        "backbone_config": {
+            "model_type": "lw_detr_vit",
+            "image_size": 64,
+            "hidden_size": 192,
+            "num_hidden_layers": 2,
+            "num_windows": 4,
+            "window_block_indices": [0],
+            "out_indices": [1, 2],
+        },
+        "projector_scale_factors": [1.0, 2.0],
+        "num_queries": 20,
+    },
+    "rf_detr": {
+        "backbone_config": {
+            "model_type": "rf_detr_dinov2",
+            "hidden_size": 384,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "out_features": ["stage1", "stage2"],
+        },
+        "num_queries": 10,
+    },
+    "omdet-turbo": {"image_size": 64},
+    "pe_video_encoder": {"vision_config": TIMM},
+    "pe_video": {"video_config": {"vision_config": TIMM}},
+    "pe_audio_video_encoder": {"video_config": {"model_type": "pe_video_encoder", "vision_config": TIMM}},
+    "pe_audio_video": {
+        "audio_video_config": {"video_config": {"model_type": "pe_video_encoder", "vision_config": TIMM}}
+    },
+}
+"""What a configuration is made with, where it derives other settings from it."""
+
 SETTINGS: dict[str, Mapping[str, Any]] = {
+    "cohere_compass": {
+        "text_config.rope_parameters": {"full_attention": rotary([1, 1, 2])},
+        "vision_config.deepstack_visual_indexes": [0, 1],
+        "vision_config.num_heads": 4,
+        "vision_config.out_hidden_size": 1024,
+    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": rotary([1, 1, 2])}},
+    "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
+    "ernie4_5_vl_moe": {
+        "text_config.rope_parameters": rotary([3, 3, 2]),
+        "text_config.moe_intermediate_size": [16, 16],
+        "text_config.moe_k": 2,
+        "vision_config.num_heads": 8,
+    },
+    "kosmos-2": {"latent_query_num": 4},
+    "musicgen": {"decoder.num_codebooks": 2, "decoder.vocab_size": 2048},
+    "omdet-turbo": {"num_queries": 20, "vision_features_channels": [32, 32, 32]},
+    "qwen2_vl": {
+        "text_config.rope_parameters": rotary([2, 3, 3]),
+        "vision_config.hidden_size": 1024,
+        "vision_config.num_heads": 8,
+    },
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_moe": {**QWEN3_5, "vision_config.out_hidden_size": 256},
+    "qwen4_exp": {
+        **QWEN3_5,
+        "text_config.layer_types": ["linear_attention", "indexed_attention"],
+        "text_config.indexer_n_heads": 2,
+        "text_config.indexer_kv_heads": 1,
+        "text_config.indexer_head_dim": 16,
+        "text_config.indexer_budget": 4,
+        "text_config.indexer_compress_ratio": 2,
+        "vision_config.out_hidden_size": 256,
+    },
+    "tvp": {"max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2},
+    "xmod": {"default_language": "en_XX"},
     "autoformer": {"prediction_length": 8, "context_length": 16},
     "gemma3n": {"text_config.vocab_size_per_layer_input": 200},
     "gemma3n_text": {"vocab_size_per_layer_input": 200},
@@ -74,6 +164,36 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
 """Settings that a type's default configuration lacks or that do not fit a small one; dots lead into nested ones."""
 
 INPUTS: dict[str, Callable[[Any], Shapes]] = {
+    **dict.fromkeys(
+        ["cohere_compass", "ernie4_5_vl_moe", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen4_exp"],
+        lambda config: {
+            "input_ids": with_pictures(config, 4),
+            "pixel_values": (32, packed_width(config.vision_config)),
+            "image_grid_thw": constant([1, 4, 4], [1, 4, 4]),
+            "mm_token_type_ids": marked(4),
+        },
+    ),
+    "kosmos-2": lambda config: {
+        "pixel_values": (2, 3, config.vision_config.image_size, config.vision_config.image_size),
+        "input_ids": (2, 8),
+        "image_embeds_position_mask": marked(4),
+    },
+    "musicgen": lambda config: {"input_ids": (2, 8), "input_values": (2, 1, 4000)},
+    "musicgen_melody": lambda config: {
+        "input_ids": (2, 8),
+        "input_features": (2, 6, config.num_chroma),
+        "decoder_input_ids": (2 * config.decoder.num_codebooks, 6),
+    },
+    "omdet-turbo": lambda config: {
+        "pixel_values": (2, 3, 64, 64),
+        "classes_input_ids": (4, 8),
+        "classes_attention_mask": ones(4, 8),
+        "tasks_input_ids": (2, 8),
+        "tasks_attention_mask": ones(2, 8),
+        "classes_structure": constant(2, 2),
+    },
+    **dict.fromkeys(["lw_detr", "rf_detr"], lambda config: {"pixel_values": (2, 3, 64, 64)}),
+    "tvp": lambda config: {"pixel_values": (1, 2, 3, 64, 64), "input_ids": (1, 8)},
     "audioflamingo3_encoder": lambda config: {
         "input_features": (2, config.num_mel_bins, 2 * config.max_source_positions),
         "input_features_mask": ones(2, 2 * config.max_source_positions),
@@ -115,10 +235,6 @@ INPUTS: dict[str, Callable[[Any], Shapes]] = {
             "glm4v_moe",
             "glm5_next",
             "lfm3_vl",
-            "kosmos-2",
-            "minicpm_ocr",
-            "minicpmv4_6",
-            "minicpmv4_7",
             "emu3",
             "hunyuan_vl",
         ],
@@ -150,8 +266,17 @@ INPUTS: dict[str, Callable[[Any], Shapes]] = {
     "neucodec": lambda config: {"input_values": (1, 1, 16000), "input_features": (1, 50, 160)},
     "oneformer": lambda config: {"pixel_values": (1, 3, 64, 64), "task_inputs": (1, 77)},
     "pe_audio": lambda config: {"input_ids": (2, 8), "input_values": (2, 1, 16000)},
-    "pe_video": lambda config: {"input_ids": (2, 8), "pixel_values_videos": (2, 4, 3, 336, 336)},
-    "pe_video_encoder": lambda config: {"pixel_values_videos": (2, 4, 3, 336, 336)},
+    "pe_audio_video": lambda config: {
+        "input_ids": (2, 8),
+        "input_values": (2, 1, 16000),
+        "pixel_values_videos": (2, 4, 3, 64, 64),
+    },
+    "pe_audio_video_encoder": lambda config: {
+        "input_values": (2, 1, 16000),
+        "pixel_values_videos": (2, 4, 3, 64, 64),
+    },
+    "pe_video": lambda config: {"input_ids": (2, 8), "pixel_values_videos": (2, 4, 3, 64, 64)},
+    "pe_video_encoder": lambda config: {"pixel_values_videos": (2, 4, 3, 64, 64)},
     "perceiver": lambda config: {"inputs": (2, 8, config.d_model)},
     "pocket_tts_audio_tokenizer_decoder": lambda config: {"latents": (2, config.hidden_size, 8)},
     "qwen3_asr_encoder": lambda config: {
@@ -206,11 +331,14 @@ def specimens(name: str) -> Iterator[tuple[Callable[[], Any], Any, str, Any]]:
     """
     import transformers
 
-    classes = transformers.MODEL_MAPPING[type(transformers.AutoConfig.for_model(name))]
-    cls = classes[0] if isinstance(classes, tuple) else classes
+    arguments = ARGUMENTS.get(name, {})
+    if name in CLASSES:
+        cls = getattr(transformers, CLASSES[name])
+    else:
+        cls = transformers.MODEL_MAPPING[type(transformers.AutoConfig.for_model(name))]
     takes = set(inspect.signature(cls.forward).parameters)
     for factor, size in ((8, 64), (4, 64), (2, 64), (1, 64), (8, None), (1, None)):
-        config = transformers.AutoConfig.for_model(name)
+        config = transformers.AutoConfig.for_model(name, **arguments)
         _shrink(config, factor, size)
         for key, value in SETTINGS.get(name, {}).items():
             _set(config, key, value)
@@ -256,6 +384,16 @@ def with_pictures(config: Any, count: int) -> Callable[[torch.Generator], torch.
     """Text in which `count` tokens stand for a picture."""
     token = getattr(config, "image_token_id", None) or config.video_token_id
     return lambda generator: torch.tensor([[token] * count + [5, 6, 7, 8]] * 2)
+
+
+def marked(count: int, rest: int = 4) -> Callable[[torch.Generator], torch.Tensor]:
+    """Which tokens of `with_pictures` stand for a picture."""
+    return lambda generator: torch.tensor([[1] * count + [0] * rest] * 2)
+
+
+def packed_width(vision: Any) -> int:
+    """Numbers in one flattened patch."""
+    return vision.in_channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
 
 
 def constant(*values: Any) -> Callable[[torch.Generator], torch.Tensor]:
