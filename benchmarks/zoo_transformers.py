@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import operator
 import re
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -36,7 +38,8 @@ def rotary(sections: list[int]) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections}
 
 
-TIMM = {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": {"img_size": 64, "depth": 2}}
+TIMM = {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": {"img_size": 64, "depth": 2, "embed_dim": 192}}
+SEVEN = [1, 1, 1, 1, 1, 1, 1]
 QWEN3_5 = {
     "text_config.layer_types": ["linear_attention", "full_attention"],
     "text_config.rope_parameters": rotary([2, 1, 1]) | {"partial_rotary_factor": 0.25},
@@ -47,8 +50,9 @@ QWEN3_5 = {
 CLASSES = {
     "musicgen": "MusicgenForConditionalGeneration",
     "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+    "voxtral_realtime_text": "models.voxtral_realtime.modeling_voxtral_realtime.VoxtralRealtimeTextModel",
 }
-"""The class that a user calls, where the type's base class is made from another configuration than the type's."""
+"""The class to test where the library's table has another: one made from a part of the type's configuration, or none."""
 
 ARGUMENTS: dict[str, Mapping[str, Any]] = {
     "lw_detr": {
@@ -74,7 +78,19 @@ ARGUMENTS: dict[str, Mapping[str, Any]] = {
         },
         "num_queries": 10,
     },
+    **dict.fromkeys(["minicpm_ocr", "minicpmv4_6", "minicpmv4_7"], {"insert_layer_id": 0}),
     "omdet-turbo": {"image_size": 64},
+    "perception_lm": {"vision_config": {"model_type": "timm_wrapper", **TIMM}},
+    "pp_ocrv6_medium_det": {
+        "scale_factor_list": [1, 2, 4, 8],
+        "kernel_list": [3, 2, 2],
+        "intraclass_block_config": {
+            "reduce_channel": [1, 1, 0],
+            "return_channel": [1, 1, 0],
+            "vertical_long_to_small_conv_longratio": [[7, 1], [1, 1], [3, 0]],
+        },
+    },
+    "timm_backbone": {"backbone": "resnet18"},
     "pe_video_encoder": {"vision_config": TIMM},
     "pe_video": {"video_config": {"vision_config": TIMM}},
     "pe_audio_video_encoder": {"video_config": {"model_type": "pe_video_encoder", "vision_config": TIMM}},
@@ -100,6 +116,10 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
         "vision_config.num_heads": 8,
     },
     "kosmos-2": {"latent_query_num": 4},
+    **dict.fromkeys(
+        ["minicpm_ocr", "minicpmv4_6", "minicpmv4_7"],
+        {"text_config.layer_types": ["linear_attention", "full_attention"], "image_token_id": 199},
+    ),
     "musicgen": {"decoder.num_codebooks": 2, "decoder.vocab_size": 2048},
     "omdet-turbo": {"num_queries": 20, "vision_features_channels": [32, 32, 32]},
     "qwen2_vl": {
@@ -136,7 +156,13 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "efficientnet": {"depth_coefficient": 0.2, "width_coefficient": 0.5},
     "esm": {"pad_token_id": 1, "mask_token_id": 4},
-    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+        "text_config.n_routed_experts": 4,
+        "text_config.num_experts_per_tok": 2,
+        "vision_config.sam_config.downsample_channels": [64, 512],
+        "vision_config.sam_config.global_attn_indexes": [1],
+    },
     "diffusion_gemma": {
         "text_config.num_experts": 4,
         "text_config.top_k_experts": 2,
@@ -150,7 +176,17 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 2,
     },
     "emu3": {"vocabulary_map": {"<|extra_200|>": 4, "<image>": 5}},
-    "granite4_vision": {"deepstack_layer_map": [(0, 0), (1, 1)]},
+    "granite4_vision": {
+        "deepstack_layer_map": [(0, 0), (1, 1)],
+        "downsample_rate": "1/2",
+        "image_grid_pinpoints": [[64, 64]],
+        "spatial_target_layers": [0, 0, 1, 1],
+    },
+    "inkling_mm_model": {
+        "audio_token_id": 198,
+        "text_config.n_routed_experts": 4,
+        "text_config.num_experts_per_tok": 2,
+    },
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "hunyuan_vl": {"text_config.head_dim": 16},
@@ -159,7 +195,14 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "ministral": {"head_dim": 16},
     "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"num_key_value_heads": 8},
-    "neomme": {"num_hidden_layers": 6},
+    "neomme": {"num_hidden_layers": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
+    "step3p7": {"text_config.n_routed_experts": 4, "text_config.num_experts_per_tok": 2},
+    "t5gemma2_encoder": {"text_config.dropout_rate": 0.1},
+    "vibevoice": {"audio_config.depths": SEVEN, "semantic_model_config.depths": SEVEN},
+    "vibevoice_asr": {
+        "acoustic_tokenizer_encoder_config.depths": SEVEN,
+        "semantic_tokenizer_encoder_config.depths": SEVEN,
+    },
 }
 """Settings that a type's default configuration lacks or that do not fit a small one; dots lead into nested ones."""
 
@@ -173,6 +216,15 @@ INPUTS: dict[str, Callable[[Any], Shapes]] = {
             "mm_token_type_ids": marked(4),
         },
     ),
+    "deepseek_ocr2": lambda config: {
+        "pixel_values": (2, 3, 64, 64),
+        "input_ids": with_pictures(config, 145),
+    },
+    "granite4_vision": lambda config: {
+        "pixel_values": (2, 2, 3, 64, 64),
+        "image_sizes": constant([64, 64], [64, 64]),
+        "input_ids": with_pictures(config, 3),
+    },
     "kosmos-2": lambda config: {
         "pixel_values": (2, 3, config.vision_config.image_size, config.vision_config.image_size),
         "input_ids": (2, 8),
@@ -192,6 +244,42 @@ INPUTS: dict[str, Callable[[Any], Shapes]] = {
         "tasks_attention_mask": ones(2, 8),
         "classes_structure": constant(2, 2),
     },
+    **dict.fromkeys(
+        ["minicpm_ocr", "minicpmv4_6", "minicpmv4_7"],
+        lambda config: {
+            "pixel_values": (1, 3, config.vision_config.patch_size, 32 * config.vision_config.patch_size),
+            "target_sizes": constant([4, 4], [4, 4]),
+            "input_ids": with_pictures(config, 1),
+        },
+    ),
+    "muse_glimmer_assistant": lambda config: {
+        "noise_embeds": (2, 8, config.hidden_size),
+        "context_hidden_states": (2, 6, config.hidden_size * len(config.target_layer_ids)),
+    },
+    "perception_lm": lambda config: {
+        "pixel_values": (2, 1, 3, 64, 64),
+        "input_ids": with_pictures(config, 16),
+    },
+    "step3p7": lambda config: {"pixel_values": (2, 3, 64, 64), "input_ids": with_pictures(config, 1)},
+    "voxtral_realtime": lambda config: {
+        "input_ids": (2, 8),
+        "input_features": (2, config.audio_config.num_mel_bins, 64),
+    },
+    "voxtral_realtime_text": lambda config: {"input_ids": (2, 8), "t_cond": (1, 1, config.hidden_size)},
+    "inkling_mm_model": lambda config: {
+        "pixel_values": (2, config.vision_config.temporal_patch_size, *[config.vision_config.patch_size] * 2, 3),
+        "audio_input_ids": (2, 3, config.audio_config.n_mel_bins),
+        "input_ids": lambda generator: torch.tensor([[199] + [198] * 3 + [5, 6, 7, 8]] * 2),
+    },
+    "vibevoice": lambda config: {
+        "input_values": (2, 1, 6400),
+        "padding_mask": ones(2, 6400, dtype=torch.bool),
+        "input_ids": with_sound(config, 2),
+        "labels": (2, 6),
+        "acoustic_loss_mask": marked(2),
+        "noise_scheduler": noise_schedule,
+    },
+    "vibevoice_asr": lambda config: {"input_values": (2, 1, 6400), "input_ids": with_sound(config, 2)},
     **dict.fromkeys(["lw_detr", "rf_detr"], lambda config: {"pixel_values": (2, 3, 64, 64)}),
     "tvp": lambda config: {"pixel_values": (1, 2, 3, 64, 64), "input_ids": (1, 8)},
     "audioflamingo3_encoder": lambda config: {
@@ -299,7 +387,10 @@ INPUTS: dict[str, Callable[[Any], Shapes]] = {
         "freq": zeros(2, 1),
     },
     "vibevoice_acoustic_tokenizer_encoder": lambda config: {"hidden_states": (2, 1, 6400)},
-    "videoprism": lambda config: {"input_ids": (2, 8), "pixel_values_videos": (2, 4, 3, 64, 64)},
+    "videoprism": lambda config: {
+        "input_ids": (2, 8),
+        "pixel_values_videos": (2, 4, 3, config.vision_config.image_size, config.vision_config.image_size),
+    },
     "xcodec2": lambda config: {"input_values": (1, 1, 16000), "input_features": (1, 50, 160)},
 }
 """What a type is called with where its signature does not tell."""
@@ -333,7 +424,7 @@ def specimens(name: str) -> Iterator[tuple[Callable[[], Any], Any, str, Any]]:
 
     arguments = ARGUMENTS.get(name, {})
     if name in CLASSES:
-        cls = getattr(transformers, CLASSES[name])
+        cls = operator.attrgetter(CLASSES[name])(transformers)
     else:
         cls = transformers.MODEL_MAPPING[type(transformers.AutoConfig.for_model(name))]
     takes = set(inspect.signature(cls.forward).parameters)
@@ -384,6 +475,18 @@ def with_pictures(config: Any, count: int) -> Callable[[torch.Generator], torch.
     """Text in which `count` tokens stand for a picture."""
     token = getattr(config, "image_token_id", None) or config.video_token_id
     return lambda generator: torch.tensor([[token] * count + [5, 6, 7, 8]] * 2)
+
+
+def with_sound(config: Any, count: int) -> Callable[[torch.Generator], torch.Tensor]:
+    """Text in which `count` tokens stand for a sound."""
+    return lambda generator: torch.tensor([[config.audio_token_id] * count + [5, 6, 7, 8]] * 2)
+
+
+def noise_schedule(generator: torch.Generator) -> Any:
+    """Ten steps of noise, as a diffusion loss wants them: how much signal and noise each has, and the mixture."""
+    alpha, sigma = torch.linspace(1, 0, 10), torch.linspace(0, 1, 10)
+    mix = lambda signal, noise, steps: alpha[steps, None] * signal + sigma[steps, None] * noise
+    return types.SimpleNamespace(alpha_t=alpha, sigma_t=sigma, add_noise=mix)
 
 
 def marked(count: int, rest: int = 4) -> Callable[[torch.Generator], torch.Tensor]:
