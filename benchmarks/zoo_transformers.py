@@ -39,7 +39,11 @@ def rotary(sections: list[int]) -> dict[str, Any]:
 
 
 TIMM = {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": {"img_size": 64, "depth": 2, "embed_dim": 192}}
-SEVEN = [1, 1, 1, 1, 1, 1, 1]
+REPVIT = {
+    "model_type": "timm_wrapper",
+    "architecture": "repvit_m1",
+    "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
+}
 QWEN3_5 = {
     "text_config.layer_types": ["linear_attention", "full_attention"],
     "text_config.rope_parameters": rotary([2, 1, 1]) | {"partial_rotary_factor": 0.25},
@@ -90,7 +94,27 @@ ARGUMENTS: dict[str, Mapping[str, Any]] = {
             "vertical_long_to_small_conv_longratio": [[7, 1], [1, 1], [3, 0]],
         },
     },
+    "pp_ocrv6_small_det": {
+        "backbone_config": {
+            "model_type": "pp_lcnet_v4",
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        },
+        "layer_list_out_channels": [96, 96, 192, 384],
+    },
     "timm_backbone": {"backbone": "resnet18"},
+    "uvdoc": {
+        "backbone_config": {
+            "model_type": "uvdoc_backbone",
+            "out_features": ["stage1", "stage2", "stage3", "stage4", "stage5", "stage6"],
+        }
+    },
+    "edgetam": {
+        "vision_config": {
+            "model_type": "edgetam_vision_model",
+            "backbone_config": REPVIT,
+            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        }
+    },
     "pe_video_encoder": {"vision_config": TIMM},
     "pe_video": {"video_config": {"vision_config": TIMM}},
     "pe_audio_video_encoder": {"video_config": {"model_type": "pe_video_encoder", "vision_config": TIMM}},
@@ -158,6 +182,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "esm": {"pad_token_id": 1, "mask_token_id": 4},
     "deepseek_ocr2": {
         "text_config.mlp_layer_types": ["dense", "sparse"],
+        "text_config.moe_intermediate_size": 16,
         "text_config.n_routed_experts": 4,
         "text_config.num_experts_per_tok": 2,
         "vision_config.sam_config.downsample_channels": [64, 512],
@@ -180,6 +205,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
         "deepstack_layer_map": [(0, 0), (1, 1)],
         "downsample_rate": "1/2",
         "image_grid_pinpoints": [[64, 64]],
+        "image_token_index": 199,
         "spatial_target_layers": [0, 0, 1, 1],
     },
     "inkling_mm_model": {
@@ -195,13 +221,22 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "ministral": {"head_dim": 16},
     "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"num_key_value_heads": 8},
-    "neomme": {"num_hidden_layers": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
-    "step3p7": {"text_config.n_routed_experts": 4, "text_config.num_experts_per_tok": 2},
-    "t5gemma2_encoder": {"text_config.dropout_rate": 0.1},
-    "vibevoice": {"audio_config.depths": SEVEN, "semantic_model_config.depths": SEVEN},
+    "neomme": {"head_dim": 16, "num_hidden_layers": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
+    "step3p7": {
+        "text_config.layer_types": ["full_attention", "sliding_attention"],
+        "text_config.n_routed_experts": 4,
+        "text_config.num_experts_per_tok": 2,
+        "text_config.sliding_window": 16,
+    },
+    "t5gemma2_encoder": {
+        "image_token_index": 199,
+        "mm_tokens_per_image": 4,
+        "text_config.dropout_rate": 0.1,
+    },
+    "vibevoice": {"audio_config.num_filters": 4, "semantic_model_config.num_filters": 4},
     "vibevoice_asr": {
-        "acoustic_tokenizer_encoder_config.depths": SEVEN,
-        "semantic_tokenizer_encoder_config.depths": SEVEN,
+        "acoustic_tokenizer_encoder_config.num_filters": 4,
+        "semantic_tokenizer_encoder_config.num_filters": 4,
     },
 }
 """Settings that a type's default configuration lacks or that do not fit a small one; dots lead into nested ones."""
@@ -249,9 +284,14 @@ INPUTS: dict[str, Callable[[Any], Shapes]] = {
         lambda config: {
             "pixel_values": (1, 3, config.vision_config.patch_size, 32 * config.vision_config.patch_size),
             "target_sizes": constant([4, 4], [4, 4]),
-            "input_ids": with_pictures(config, 1),
+            "input_ids": with_pictures(config, 4 if config.model_type == "minicpm_ocr" else 1),
+            **({"mm_token_type_ids": marked(1)} if config.model_type == "minicpmv4_7" else {}),
         },
     ),
+    "neomme": lambda config: {
+        "pixel_values": (4, config.patch_dim),
+        "input_ids": with_pictures(config, 2),
+    },
     "muse_glimmer_assistant": lambda config: {
         "noise_embeds": (2, 8, config.hidden_size),
         "context_hidden_states": (2, 6, config.hidden_size * len(config.target_layer_ids)),
@@ -259,6 +299,10 @@ INPUTS: dict[str, Callable[[Any], Shapes]] = {
     "perception_lm": lambda config: {
         "pixel_values": (2, 1, 3, 64, 64),
         "input_ids": with_pictures(config, 16),
+    },
+    "t5gemma2_encoder": lambda config: {
+        "pixel_values": (2, 3, 64, 64),
+        "input_ids": with_pictures(config, config.mm_tokens_per_image),
     },
     "step3p7": lambda config: {"pixel_values": (2, 3, 64, 64), "input_ids": with_pictures(config, 1)},
     "voxtral_realtime": lambda config: {
@@ -275,8 +319,8 @@ INPUTS: dict[str, Callable[[Any], Shapes]] = {
         "input_values": (2, 1, 6400),
         "padding_mask": ones(2, 6400, dtype=torch.bool),
         "input_ids": with_sound(config, 2),
-        "labels": (2, 6),
-        "acoustic_loss_mask": marked(2),
+        "labels": counting(2, 6),
+        "acoustic_loss_mask": lambda generator: marked(2)(generator).bool(),
         "noise_scheduler": noise_schedule,
     },
     "vibevoice_asr": lambda config: {"input_values": (2, 1, 6400), "input_ids": with_sound(config, 2)},
@@ -389,7 +433,7 @@ INPUTS: dict[str, Callable[[Any], Shapes]] = {
     "vibevoice_acoustic_tokenizer_encoder": lambda config: {"hidden_states": (2, 1, 6400)},
     "videoprism": lambda config: {
         "input_ids": (2, 8),
-        "pixel_values_videos": (2, 4, 3, config.vision_config.image_size, config.vision_config.image_size),
+        "pixel_values_videos": (2, config.vision_config.num_frames, 3, 64, 64),
     },
     "xcodec2": lambda config: {"input_values": (1, 1, 16000), "input_features": (1, 50, 160)},
 }
@@ -473,7 +517,8 @@ def grid(rows: int, side: int) -> Callable[[torch.Generator], torch.Tensor]:
 
 def with_pictures(config: Any, count: int) -> Callable[[torch.Generator], torch.Tensor]:
     """Text in which `count` tokens stand for a picture."""
-    token = getattr(config, "image_token_id", None) or config.video_token_id
+    names = ("image_token_id", "image_token_index", "video_token_id")
+    token = next(getattr(config, name) for name in names if getattr(config, name, None))
     return lambda generator: torch.tensor([[token] * count + [5, 6, 7, 8]] * 2)
 
 
