@@ -12,11 +12,13 @@ import functools
 import inspect
 import operator
 import re
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 Shapes = dict[str, Any]
 """Inputs by name: a shape, or a function of a generator that makes the input itself."""
@@ -39,11 +41,18 @@ def rotary(sections: list[int]) -> dict[str, Any]:
 
 
 TIMM = {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": {"img_size": 64, "depth": 2, "embed_dim": 192}}
-REPVIT = {
-    "model_type": "timm_wrapper",
-    "architecture": "repvit_m1",
-    "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
+LCNET = {
+    "model_type": "pp_lcnet_v4",
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    "stem_channels": [3, 8, 16],
+    "block_configs": [
+        [[3, 16, 16, 1, True]],
+        [[3, 16, 16, 2, False]],
+        [[3, 16, 24, 2, False]],
+        [[3, 24, 32, 2, False]],
+    ],
 }
+SIZES = [[16, 16], [8, 8], [4, 4]]
 QWEN3_5 = {
     "text_config.layer_types": ["linear_attention", "full_attention"],
     "text_config.rope_parameters": rotary([2, 1, 1]) | {"partial_rotary_factor": 0.25},
@@ -86,20 +95,25 @@ ARGUMENTS: dict[str, Mapping[str, Any]] = {
     "omdet-turbo": {"image_size": 64},
     "perception_lm": {"vision_config": {"model_type": "timm_wrapper", **TIMM}},
     "pp_ocrv6_medium_det": {
+        "backbone_config": LCNET,
+        "neck_out_channels": 32,
         "scale_factor_list": [1, 2, 4, 8],
         "kernel_list": [3, 2, 2],
         "intraclass_block_config": {
             "reduce_channel": [1, 1, 0],
             "return_channel": [1, 1, 0],
-            "vertical_long_to_small_conv_longratio": [[7, 1], [1, 1], [3, 0]],
+            **{
+                f"{way}_{ratio}ratio": [(long, 1) if way[0] == "v" else (1, long), 1, "same"]
+                if way[0] in "vh"
+                else [long, 1, "same"]
+                for way in ("vertical_long_to_small_conv", "horizontal_small_to_long_conv", "symmetric_conv_long")
+                for ratio, long in (("long", 7), ("mid", 5), ("short", 3))
+            },
         },
     },
     "pp_ocrv6_small_det": {
-        "backbone_config": {
-            "model_type": "pp_lcnet_v4",
-            "out_features": ["stage1", "stage2", "stage3", "stage4"],
-        },
-        "layer_list_out_channels": [96, 96, 192, 384],
+        "backbone_config": LCNET,
+        "layer_list_out_channels": [16, 16, 24, 32],
     },
     "timm_backbone": {"backbone": "resnet18"},
     "uvdoc": {
@@ -108,11 +122,11 @@ ARGUMENTS: dict[str, Mapping[str, Any]] = {
             "out_features": ["stage1", "stage2", "stage3", "stage4", "stage5", "stage6"],
         }
     },
-    "edgetam": {
-        "vision_config": {
-            "model_type": "edgetam_vision_model",
-            "backbone_config": REPVIT,
-            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    "step3p7": {
+        "text_config": {
+            "num_hidden_layers": 2,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 16,
         }
     },
     "pe_video_encoder": {"vision_config": TIMM},
@@ -132,6 +146,21 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
         "vision_config.out_hidden_size": 1024,
     },
     "cohere_compass_text": {"rope_parameters": {"full_attention": rotary([1, 1, 2])}},
+    "edgetam": {
+        "vision_config.backbone_config.architecture": "repvit_m1",
+        "vision_config.backbone_feature_sizes": SIZES,
+    },
+    "edgetam_video": {"vision_config.backbone_feature_sizes": SIZES, "memory_attention_rope_feat_sizes": [4, 4]},
+    "sam2_video": {"vision_config.backbone_feature_sizes": SIZES, "memory_attention_rope_feat_sizes": [4, 4]},
+    "sam3_tracker_video": {
+        "vision_config.backbone_feature_sizes": SIZES,
+        "memory_attention_rope_feat_sizes": [4, 4],
+    },
+    "sam3_video": {
+        "detector_config.vision_config.backbone_feature_sizes": SIZES,
+        "tracker_config.vision_config.backbone_feature_sizes": SIZES,
+        "tracker_config.memory_attention_rope_feat_sizes": [4, 4],
+    },
     "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
     "ernie4_5_vl_moe": {
         "text_config.rope_parameters": rotary([3, 3, 2]),
@@ -223,10 +252,8 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "nemotron": {"num_key_value_heads": 8},
     "neomme": {"head_dim": 16, "num_hidden_layers": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
     "step3p7": {
-        "text_config.layer_types": ["full_attention", "sliding_attention"],
         "text_config.n_routed_experts": 4,
         "text_config.num_experts_per_tok": 2,
-        "text_config.sliding_window": 16,
     },
     "t5gemma2_encoder": {
         "image_token_index": 199,
@@ -251,6 +278,20 @@ INPUTS: dict[str, Callable[[Any], Shapes]] = {
             "mm_token_type_ids": marked(4),
         },
     ),
+    "bark": lambda config: {
+        "semantic": lambda generator: {"input_ids": torch.randint(5, 195, (2, 8), generator=generator)},
+        "coarse_acoustics": lambda generator: {"input_ids": torch.randint(5, 195, (2, 8), generator=generator)},
+        "fine_acoustics": lambda generator: {
+            "codebook_idx": 1,
+            "input_ids": torch.randint(5, 195, (2, 8, 8), generator=generator),
+        },
+        "codec_model": lambda generator: {"input_values": torch.randn(2, 1, 4000, generator=generator)},
+    },
+    "edgetam": lambda config: {"pixel_values": (2, 3, 64, 64)},
+    "edgetam_video": lambda config: {"inference_session": followed(config), "frame_idx": number(1)},
+    "sam2_video": lambda config: {"inference_session": followed(config), "frame_idx": number(1)},
+    "sam3_tracker_video": lambda config: {"inference_session": followed(config), "frame_idx": number(1)},
+    "sam3_video": lambda config: {"inference_session": searched, "frame_idx": number(0)},
     "deepseek_ocr2": lambda config: {
         "pixel_values": (2, 3, 64, 64),
         "input_ids": with_pictures(config, 145),
@@ -477,7 +518,7 @@ def specimens(name: str) -> Iterator[tuple[Callable[[], Any], Any, str, Any]]:
         _shrink(config, factor, size)
         for key, value in SETTINGS.get(name, {}).items():
             _set(config, key, value)
-        build = functools.partial(cls._from_config, config)
+        build = functools.partial(_build, cls, config)
         recipes = [INPUTS[name](config)] if name in INPUTS else list(_recipes(config, takes))
         for recipe in recipes or [{}]:  # what takes something else entirely is built, at least
             text = ", ".join(
@@ -488,6 +529,11 @@ def specimens(name: str) -> Iterator[tuple[Callable[[], Any], Any, str, Any]]:
                 _inputs, recipe=recipe, vocabulary=_first_of(config, ("vocab_size",), 200)
             )
             yield build, lambda generator: (), f"widths/{factor}: {text}", keywords
+
+
+def _build(cls: Any, config: Any) -> nn.Module:
+    model = cls._from_config(config)
+    return Parts(dict(model.named_children())) if cls.__name__ == "BarkModel" else model
 
 
 def _set(config: Any, key: str, value: Any) -> None:
@@ -525,6 +571,54 @@ def with_pictures(config: Any, count: int) -> Callable[[torch.Generator], torch.
 def with_sound(config: Any, count: int) -> Callable[[torch.Generator], torch.Tensor]:
     """Text in which `count` tokens stand for a sound."""
     return lambda generator: torch.tensor([[config.audio_token_id] * count + [5, 6, 7, 8]] * 2)
+
+
+def number(value: int) -> Callable[[torch.Generator], int]:
+    """An argument that is no tensor."""
+    return lambda generator: value
+
+
+def followed(config: Any) -> Callable[[torch.Generator], Any]:
+    """Two frames of a film in which one object is followed from the first to the second, where another is pointed at."""
+    import transformers
+
+    name = type(config).__name__.removesuffix("Config") + "InferenceSession"
+    module = sys.modules[type(config).__module__.replace("configuration", "modeling")]
+
+    def session(generator: torch.Generator) -> Any:
+        film = torch.randn(2, 3, 64, 64, generator=generator)
+        session = getattr(module, name)(video=film, video_height=64, video_width=64, dtype=torch.float32)
+        memory = {
+            "maskmem_features": torch.randn(16, 1, config.memory_encoder_output_channels, generator=generator),
+            "maskmem_pos_enc": torch.randn(16, 1, config.memory_encoder_output_channels, generator=generator),
+            "object_pointer": torch.randn(1, config.vision_config.fpn_hidden_size, generator=generator),
+        }
+        session.store_output(session.obj_id_to_idx(1), 0, output_value=memory)
+        points = {"point_coords": torch.rand(1, 1, 2, 2, generator=generator) * 64, "point_labels": torch.ones(1, 1, 2)}
+        session.add_point_inputs(session.obj_id_to_idx(2), 1, points)
+        session.obj_with_new_inputs = [2]
+        return session
+
+    return session
+
+
+def searched(generator: torch.Generator) -> Any:
+    """A frame of a film in which an object is looked for by words."""
+    import transformers
+
+    film = torch.randn(1, 3, 64, 64, generator=generator)
+    session = transformers.Sam3VideoInferenceSession(video=film, video_height=64, video_width=64, dtype=torch.float32)
+    prompt = session.add_prompt("words")
+    session.prompt_input_ids[prompt] = torch.randint(5, 195, (1, 8), generator=generator)
+    session.prompt_attention_masks[prompt] = torch.ones(1, 8, dtype=torch.long)
+    return session
+
+
+class Parts(nn.ModuleDict):
+    """The parts of a model that has no forward of its own, each called with its own inputs."""
+
+    def forward(self, **inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: part(**inputs[name]) for name, part in self.items()}
 
 
 def noise_schedule(generator: torch.Generator) -> Any:
