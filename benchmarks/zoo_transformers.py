@@ -53,6 +53,19 @@ LCNET = {
     ],
 }
 SIZES = [[16, 16], [8, 8], [4, 4]]
+SAM2_VIDEO = {
+    "vision_config.backbone_config.hidden_size": 96,
+    "vision_config.backbone_config.embed_dim_per_stage": [96, 192, 384, 768],
+    "vision_config.backbone_feature_sizes": SIZES,
+    "memory_attention_rope_feat_sizes": [4, 4],
+}
+SAM3_VIDEO = {
+    "prompt_encoder_config.image_size": 56,
+    "vision_config.backbone_config.image_size": 56,
+    "vision_config.backbone_feature_sizes": SIZES,
+    "memory_attention_rope_feat_sizes": [4, 4],
+    "image_size": 56,
+}
 QWEN3_5 = {
     "text_config.layer_types": ["linear_attention", "full_attention"],
     "text_config.rope_parameters": rotary([2, 1, 1]) | {"partial_rotary_factor": 0.25},
@@ -150,16 +163,22 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
         "vision_config.backbone_config.architecture": "repvit_m1",
         "vision_config.backbone_feature_sizes": SIZES,
     },
-    "edgetam_video": {"vision_config.backbone_feature_sizes": SIZES, "memory_attention_rope_feat_sizes": [4, 4]},
-    "sam2_video": {"vision_config.backbone_feature_sizes": SIZES, "memory_attention_rope_feat_sizes": [4, 4]},
-    "sam3_tracker_video": {
-        "vision_config.backbone_feature_sizes": SIZES,
-        "memory_attention_rope_feat_sizes": [4, 4],
+    "edgetam_video": {
+        **SAM2_VIDEO,
+        "perceiver_resampler_hidden_size": 64,
+        "perceiver_resampler_attention_head_dim": 64,
+        "perceiver_resampler_num_latents_2d": 16,
+        "memory_attention_rope_k_sizes": [4, 4],
     },
+    "sam2_video": SAM2_VIDEO,
+    "sam3_tracker_video": SAM3_VIDEO,
     "sam3_video": {
+        "detector_config.detr_decoder_config.num_queries": 4,
+        "new_det_thresh": 0.0,
+        "score_threshold_detection": 0.0,
         "detector_config.vision_config.backbone_feature_sizes": SIZES,
-        "tracker_config.vision_config.backbone_feature_sizes": SIZES,
-        "tracker_config.memory_attention_rope_feat_sizes": [4, 4],
+        "detector_config.vision_config.backbone_config.image_size": 56,
+        **{f"tracker_config.{key}": value for key, value in SAM3_VIDEO.items()},
     },
     "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
     "ernie4_5_vl_moe": {
@@ -288,9 +307,14 @@ INPUTS: dict[str, Callable[[Any], Shapes]] = {
         "codec_model": lambda generator: {"input_values": torch.randn(2, 1, 4000, generator=generator)},
     },
     "edgetam": lambda config: {"pixel_values": (2, 3, 64, 64)},
-    "edgetam_video": lambda config: {"inference_session": followed(config), "frame_idx": number(1)},
-    "sam2_video": lambda config: {"inference_session": followed(config), "frame_idx": number(1)},
-    "sam3_tracker_video": lambda config: {"inference_session": followed(config), "frame_idx": number(1)},
+    "edgetam_video": lambda config: {
+        "inference_session": followed(
+            config, 1, config.perceiver_resampler_num_latents + config.perceiver_resampler_num_latents_2d
+        ),
+        "frame_idx": number(1),
+    },
+    "sam2_video": lambda config: {"inference_session": followed(config, 16, 1), "frame_idx": number(1)},
+    "sam3_tracker_video": lambda config: {"inference_session": followed(config, 16, 1), "frame_idx": number(1)},
     "sam3_video": lambda config: {"inference_session": searched, "frame_idx": number(0)},
     "deepseek_ocr2": lambda config: {
         "pixel_values": (2, 3, 64, 64),
@@ -578,7 +602,7 @@ def number(value: int) -> Callable[[torch.Generator], int]:
     return lambda generator: value
 
 
-def followed(config: Any) -> Callable[[torch.Generator], Any]:
+def followed(config: Any, *memory: int) -> Callable[[torch.Generator], Any]:
     """Two frames of a film in which one object is followed from the first to the second, where another is pointed at."""
     import transformers
 
@@ -586,15 +610,16 @@ def followed(config: Any) -> Callable[[torch.Generator], Any]:
     module = sys.modules[type(config).__module__.replace("configuration", "modeling")]
 
     def session(generator: torch.Generator) -> Any:
-        film = torch.randn(2, 3, 64, 64, generator=generator)
+        film = torch.randn(2, 3, config.image_size, config.image_size, generator=generator)
         session = getattr(module, name)(video=film, video_height=64, video_width=64, dtype=torch.float32)
-        memory = {
-            "maskmem_features": torch.randn(16, 1, config.memory_encoder_output_channels, generator=generator),
-            "maskmem_pos_enc": torch.randn(16, 1, config.memory_encoder_output_channels, generator=generator),
+        shape = (*memory, config.memory_encoder_output_channels)
+        known = {
+            "maskmem_features": torch.randn(shape, generator=generator),
+            "maskmem_pos_enc": torch.randn(shape, generator=generator),
             "object_pointer": torch.randn(1, config.vision_config.fpn_hidden_size, generator=generator),
         }
-        session.store_output(session.obj_id_to_idx(1), 0, output_value=memory)
-        points = {"point_coords": torch.rand(1, 1, 2, 2, generator=generator) * 64, "point_labels": torch.ones(1, 1, 2)}
+        session.store_output(session.obj_id_to_idx(1), 0, output_value=known)
+        points = {"point_coords": torch.rand(1, 1, 2, 2, generator=generator) * 64, "point_labels": torch.ones(1, 1, 2, dtype=torch.long)}
         session.add_point_inputs(session.obj_id_to_idx(2), 1, points)
         session.obj_with_new_inputs = [2]
         return session
@@ -606,7 +631,7 @@ def searched(generator: torch.Generator) -> Any:
     """A frame of a film in which an object is looked for by words."""
     import transformers
 
-    film = torch.randn(1, 3, 64, 64, generator=generator)
+    film = torch.randn(1, 3, 56, 56, generator=generator)
     session = transformers.Sam3VideoInferenceSession(video=film, video_height=64, video_width=64, dtype=torch.float32)
     prompt = session.add_prompt("words")
     session.prompt_input_ids[prompt] = torch.randint(5, 195, (1, 8), generator=generator)
