@@ -130,7 +130,7 @@ def findings(claims: Sequence[Claim], found: Readings, setting: str) -> list[Fin
         >>> found = accuracies({0.5: {"vanilla": Cell({0: 90.0, 1: 91.0}), "AT": Cell({0: 92.0, 1: 93.0})}})
         >>> (told,) = findings([Claim("AT", "vanilla", "is better", at="highest")], found, "a setting")
         >>> told.ours, told.verdict
-        ('AT over vanilla at 50 % sparsity: +2.0 ± 0.0 points over 2 seeds', 'in agreement')
+        ('AT over vanilla at 50 % sparsity: +2.00 ± 0.00 points over 2 seeds', 'in agreement')
     """
     told = [_finding(claim, found, setting) for claim in claims]
     return told + ([_two_spaces(claims[-1], found, setting)] if ALL in _spaces(found) else [])
@@ -230,7 +230,7 @@ def _in_points(claim: Claim, found: Readings, contrasts: Mapping[str, Cell]) -> 
     """Contrasts of accuracies in words."""
     at, since = (_where(found, each, claim.reading) for each in (claim.at, _since(claim)))
     seeds = len(contrasts[claim.over].by_seed)
-    told = {name: f"{each.mean:+.1f}{_width(each)}" for name, each in contrasts.items()}
+    told = {name: f"{each.mean:+.2f}{_width(each)}" for name, each in contrasts.items()}
     if claim.rivals:
         over = ", ".join(f"{each} points over {name}" for name, each in told.items())
         return f"{claim.variant} {at}: {over}, over {seeds} seeds"
@@ -286,7 +286,7 @@ def _subject(claim: Claim, found: Readings) -> str:
 
 
 def _width(cell: Cell) -> str:
-    return "" if cell.interval is None else f" ± {cell.interval:.1f}"
+    return "" if cell.interval is None else f" ± {cell.interval:.2f}"
 
 
 def _two_spaces(claim: Claim, found: Readings, setting: str) -> Finding:
