@@ -48,6 +48,7 @@ def between(low: float, high: float) -> Cell:
         ("other", 0.6, 0.9, "in agreement"),
         ("other", -0.9, -0.6, "in agreement"),
         ("other", -0.4, 0.4, ALIKE),
+        ("other", 0.1, 0.4, ALIKE),  # beyond noise, but small
         ("other", -0.6, 0.4, "not settled"),
     ],
 )
