@@ -40,6 +40,8 @@ class Claim:
 
     A sentence of the paper that says several things, "the best, and hardly falls with sparsity", is as many claims. A
     sparsity is "dense", "lowest" or "highest", a number for the nearest to it, or "sparse" for the mean over all but dense.
+    The kinds, seed by seed: the "gain" of a variant over another; the "growth" of that gain between two sparsities; and
+    a "distance", how much farther the variant is from `over` than each rival is, on either side.
     """
 
     variant: str
@@ -49,7 +51,7 @@ class Claim:
     kind: str = "gain"  # of `claims.KINDS`
     at: str | float = "sparse"  # the sparsity that decides
     since: str | float | None = None  # that of `over`, or of the gain before, where it is another
-    rivals: tuple[str, ...] = ()  # whom the claim is over too: it holds where it holds over each
+    rivals: tuple[str, ...] = ()  # others that it is over or compared with: it holds where it holds for each
     reading: Reading = Reading()
 
 
