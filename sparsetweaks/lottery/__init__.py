@@ -21,7 +21,8 @@ The rooms, each of which uses only those above it:
     demo.py        one on digits, in about two minutes
     smoothness.py  looks at the networks of spent tickets: curvature, landscapes, activations
     figures.py     the paper's figures and table, as data
-    contrasts.py   what looks say across seeds, as rows and in words
+    contrasts.py   numbers across seeds: contrasts and ratios, as rows and as a table
+    claims.py      what the paper says against what came out, with a verdict
     pictures.py    pictures of looks
     reproduce.py   a figure, from its trainings to its comparison with the paper
     report.py      a folder of results as one page

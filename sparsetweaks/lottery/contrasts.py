@@ -1,16 +1,13 @@
-"""What looks at spent tickets say across seeds: ratios of one variant to another, paired by seed, as rows and in words."""
+"""Numbers of spent tickets across seeds: contrasts of variants, paired by seed, and ratios, as rows and as a table."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sparsetweaks.lottery.figures import Contrast
 from sparsetweaks.lottery.results import BASELINE, Cell, grid_of
-from sparsetweaks.lottery.smoothness import ALL, BEST, KEPT, Look
-
-SPACES = "over all weights"  # of the line that compares the two spaces
+from sparsetweaks.lottery.smoothness import Look
 
 
 class Place(NamedTuple):
@@ -35,8 +32,8 @@ class Ratio(NamedTuple):
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
-            return f"{_digits(self.mean)} times (one seed)"
-        return f"{_digits(self.mean)} times ({_digits(self.low)} to {_digits(self.high)})"
+            return f"{digits(self.mean)} times (one seed)"
+        return f"{digits(self.mean)} times ({digits(self.low)} to {digits(self.high)})"
 
     @property
     def side(self) -> int:
@@ -69,6 +66,38 @@ def readings(looks: Iterable[Look]) -> Readings:
     return found
 
 
+def logs(cell: Cell) -> Cell | None:
+    """Logarithms, in which ratios are differences.
+
+    Args:
+        cell: numbers by seed.
+
+    Returns:
+        Their logarithms; None where one is not positive and finite.
+    """
+    if not all(value > 0 and math.isfinite(value) for value in cell.by_seed.values()):
+        return None
+    return Cell({seed: math.log(value) for seed, value in cell.by_seed.items()})
+
+
+def times(contrast: Cell) -> Ratio:
+    """A contrast of logarithms as a ratio.
+
+    Args:
+        contrast: by seed.
+
+    Returns:
+        The ratio.
+
+    Example:
+        >>> print(times(Cell({0: 0.0, 1: 0.0})))
+        1.00 times (1.00 to 1.00)
+    """
+    wide = contrast.interval
+    low, high = (None if wide is None else math.exp(contrast.mean + sign * wide) for sign in (-1, 1))
+    return Ratio(math.exp(contrast.mean), low, high, len(contrast.by_seed))
+
+
 def ratio(cell: Cell, over: Cell) -> Ratio | None:
     """How many times as large one is as the other, paired by seed.
 
@@ -82,116 +111,79 @@ def ratio(cell: Cell, over: Cell) -> Ratio | None:
         >>> print(ratio(Cell({0: 2.0, 1: 4.0}), Cell({0: 1.0, 1: 2.0})))
         2.00 times (2.00 to 2.00)
     """
-    logs = []
-    for each in (cell, over):
-        if not all(value > 0 and math.isfinite(value) for value in each.by_seed.values()):
-            return None
-        logs.append(Cell({seed: math.log(value) for seed, value in each.by_seed.items()}))
-    gain = logs[0].over(logs[1])
-    if gain is None:
-        return None
-    wide = gain.interval
-    low, high = (None if wide is None else math.exp(gain.mean + sign * wide) for sign in (-1, 1))
-    return Ratio(math.exp(gain.mean), low, high, len(gain.by_seed))
+    own, theirs = logs(cell), logs(over)
+    found = None if own is None or theirs is None else gain(own, theirs)
+    return None if found is None else times(found)
 
 
-def judged(expects: str, found: Ratio) -> str:
-    """Whether a ratio bears a claim out, in words.
+def gain(own: Cell, theirs: Cell) -> Cell | None:
+    """What one has more than another, seed by seed; of logarithms, the logarithm of how many times as much.
 
     Args:
-        expects: of a `Contrast`.
-        found: the ratio.
+        own, theirs: numbers by seed.
 
     Returns:
-        A phrase.
+        The difference by seed; None where they share no seed.
 
     Example:
-        >>> judged("lower", Ratio(0.5, 0.4, 0.6, 5)), judged("lower", Ratio(0.5, 0.2, 1.2, 5))
-        ('in agreement', 'not settled: so few seeds show no difference beyond noise')
+        >>> gain(Cell({0: 3.0, 1: 4.0}), Cell({1: 3.0, 2: 0.0}))
+        Cell(by_seed={1: 1.0})
     """
-    if found.low is None:
-        return "one seed settles nothing"
-    few = "so few seeds show no difference beyond noise"
-    if found.side == 0:
-        return f"in agreement as far as that goes: {few}" if expects == "equal" else f"not settled: {few}"
-    if expects == "equal":
-        return "a difference, where the paper finds almost none"
-    if expects == "other":
-        return "in agreement"
-    return (
-        "in agreement" if found.side == {"lower": -1, "higher": 1}[expects] else "the opposite, beyond noise"
-    )
+    return own.over(theirs)
 
 
-class Finding(NamedTuple):
-    """What the paper says, what came out here, and whether that agrees."""
-
-    setting: str
-    paper: str
-    ours: str
-    verdict: str
-
-    def line(self, figure: str) -> str:
-        """All of it as one line of text."""
-        says = f"the paper says that {self.paper}. Here, " if self.paper else ""
-        return f"Figure {figure}, {self.setting}: {says}{self.ours}; {self.verdict}."
-
-
-def findings(contrasts: Sequence[Contrast], found: Readings, setting: str, sparsity: float) -> list[Finding]:
-    """What came of each contrast, and where the kept weights and all weights differ.
+def growth(own: Cell, theirs: Cell, own_before: Cell, theirs_before: Cell) -> Cell | None:
+    """How much larger a gain is than it was elsewhere, seed by seed; below zero, how much more the one falls.
 
     Args:
-        contrasts: of a figure.
-        found: its readings.
-        setting: network, data and recipe, in words.
-        sparsity: at which to look.
+        own, theirs: numbers by seed.
+        own_before, theirs_before: the same elsewhere.
 
     Returns:
-        One finding for each contrast, and one for the two spaces where the measure has both.
+        The difference of the gains by seed; None where there is no common seed.
+
+    Example:
+        >>> growth(Cell({0: 5.0}), Cell({0: 2.0}), Cell({0: 7.0}), Cell({0: 6.0}))
+        Cell(by_seed={0: 2.0})
     """
-    told = [_finding(each, found, setting, sparsity) for each in contrasts]
-    return told + ([_two_spaces(contrasts[-1], found, setting, sparsity)] if ALL in _spaces(found) else [])
+    now, before = own.over(theirs), own_before.over(theirs_before)
+    return None if now is None or before is None else now.over(before)
 
 
-def _finding(contrast: Contrast, found: Readings, setting: str, sparsity: float) -> Finding:
-    epoch = _epoch(contrast, found)
-    when = "" if epoch == BEST else f" after epoch {epoch}"
-    space, against = (_resolved(each, found) for each in (contrast.space, contrast.against or contrast.space))
-    said = f"{contrast.variant} {contrast.words}"
-    where = f"at {100 * sparsity:.4g} % sparsity{when}"
-    own, theirs = (found[Place(sparsity, epoch, each, contrast.quantity)] for each in (space, against))
-    change = ratio(own[contrast.variant], theirs[contrast.over])
-    of = f"the {contrast.quantity} of {contrast.variant} ({space}) is"
-    than = f"that of {contrast.over}" + (f" ({against})" if against != space else "")
-    if change is None:
-        ours = f"{of} {own[contrast.variant].mean:.3g} beside {theirs[contrast.over].mean:.3g} for {contrast.over} {where}"
-        return Finding(setting, said, ours, "no ratio, as some are not positive")
-    means = " beside ".join(_digits(cell.mean) for cell in (own[contrast.variant], theirs[contrast.over]))
-    ours = f"{of} {change} {than} over {change.seeds} seeds {where} (means {means})"
-    verdict = judged(contrast.expects, change)
-    if space == KEPT and ALL in _spaces(found):
-        whole = found[Place(sparsity, epoch, ALL, contrast.quantity)]
-        other = ratio(whole[contrast.variant], whole[contrast.over])
-        if other is not None:
-            ours += f", over all weights {other}"
-            if other.side != change.side:
-                verdict += f" (over all weights: {judged(contrast.expects, other)})"
-    return Finding(setting, said, ours, verdict)
+def distance(own: Cell, rival: Cell, base: Cell) -> Cell | None:
+    """How much farther one is from a base than a rival is, on either side, seed by seed.
+
+    Args:
+        own, rival, base: numbers by seed; of logarithms, the distance is that of the ratio from 1.
+
+    Returns:
+        The difference of the distances by seed; None where there is no common seed. What noise adds to both distances
+        brings them closer to each other.
+
+    Example:
+        >>> distance(Cell({0: -3.0}), Cell({0: 1.0}), Cell({0: 0.0}))
+        Cell(by_seed={0: 2.0})
+    """
+    far = [each.over(base) for each in (own, rival)]
+    sizes = [Cell({seed: abs(value) for seed, value in each.by_seed.items()}) for each in far if each]
+    return sizes[0].over(sizes[1]) if len(sizes) == 2 else None
 
 
-def _two_spaces(contrast: Contrast, found: Readings, setting: str, sparsity: float) -> Finding:
-    """How much larger a quantity is where pruned weights may move too, for the untweaked network."""
-    epoch = _epoch(contrast, found)
-    kept, whole = (found[Place(sparsity, epoch, space, contrast.quantity)][BASELINE] for space in (KEPT, ALL))
-    change = ratio(whole, kept)
-    if change is None:
-        return Finding(setting, "", f"the {contrast.quantity} has no ratio between spaces", "not comparable")
-    ours = f"the {contrast.quantity} of {BASELINE} {SPACES}, pruned ones too, is {change} that over the kept ones"
-    verdict = "the two spaces differ" if change.side else "the two spaces do not differ beyond noise"
-    when = "" if epoch == BEST else f" after epoch {epoch}"
-    return Finding(
-        setting, "", f"{ours} over {change.seeds} seeds at {100 * sparsity:.4g} % sparsity{when}", verdict
-    )
+def mean_of(cells: Sequence[Cell]) -> Cell:
+    """The mean over several places, seed by seed.
+
+    Args:
+        cells: numbers by seed, which share some.
+
+    Returns:
+        The mean of each seed that all have.
+
+    Example:
+        >>> mean_of([Cell({0: 1.0, 1: 2.0}), Cell({0: 3.0})])
+        Cell(by_seed={0: 2.0})
+    """
+    common = set.intersection(*(set(cell.by_seed) for cell in cells))
+    return Cell({seed: sum(cell.by_seed[seed] for cell in cells) / len(cells) for seed in sorted(common)})
 
 
 def rows_of(found: Readings, setting: str, over: str = BASELINE) -> list[dict[str, Any]]:
@@ -218,13 +210,13 @@ def rows_of(found: Readings, setting: str, over: str = BASELINE) -> list[dict[st
                     "quantity": place.quantity,
                     "variant": name,
                     "seeds": len(cell.by_seed),
-                    "mean": _digits(cell.mean),
-                    "deviation": _digits(cell.deviation),
-                    "interval": _digits(cell.interval),
+                    "mean": digits(cell.mean),
+                    "deviation": digits(cell.deviation),
+                    "interval": digits(cell.interval),
                     "over": "" if change is None else over,
-                    "ratio": "" if change is None else _digits(change.mean),
-                    "ratio_low": "" if change is None else _digits(change.low),
-                    "ratio_high": "" if change is None else _digits(change.high),
+                    "ratio": "" if change is None else digits(change.mean),
+                    "ratio_low": "" if change is None else digits(change.low),
+                    "ratio_high": "" if change is None else digits(change.high),
                     "by_seed": " ".join(
                         f"{seed}:{value:.5g}" for seed, value in sorted(cell.by_seed.items())
                     ),
@@ -267,28 +259,24 @@ def geometric(cell: Cell) -> tuple[float, float, float]:
     return math.exp(logs.mean), math.exp(logs.mean - wide), math.exp(logs.mean + wide)
 
 
-def _with(cell: Cell) -> str:
-    return _digits(cell.mean) + ("" if cell.interval is None else f" ± {_digits(cell.interval)}")
+def digits(value: float | None) -> str:
+    """A number in three digits or so.
 
+    Args:
+        value: any; None is empty.
 
-def _spaces(found: Readings) -> Mapping[str, None]:
-    return dict.fromkeys(place.space for place in found)
+    Returns:
+        The text.
 
-
-def _resolved(space: str, found: Readings) -> str:
-    return (
-        max(each for each in _spaces(found) if each.startswith("stage")) if space == "last stage" else space
-    )
-
-
-def _epoch(contrast: Contrast, found: Readings) -> int:
-    epochs = sorted({place.epoch for place in found})
-    return {"": BEST, "first": epochs[0], "last": epochs[-1]}[contrast.epoch]
-
-
-def _digits(value: float | None) -> str:
+    Example:
+        >>> digits(0.123), digits(0.0123), digits(12345), digits(None)
+        ('0.12', '0.0123', '12,345', '')
+    """
     if value is None:
         return ""
-    return (
-        f"{value:.2f}" if 0.1 <= abs(value) < 10 else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    )
+    size = abs(value)
+    return f"{value:.2f}" if 0.1 <= size < 10 else f"{value:,.0f}" if size >= 100 else f"{value:.3g}"
+
+
+def _with(cell: Cell) -> str:
+    return digits(cell.mean) + ("" if cell.interval is None else f" ± {digits(cell.interval)}")

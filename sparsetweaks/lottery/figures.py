@@ -18,32 +18,41 @@ DECIDING = (
     0.91  # the sparsity at which the paper looks at curvature and landscapes: the nearest level is taken
 )
 EARLY = 5 / 180  # of the epochs: figure 5 looks after epoch 5 of 180
+WINNING = (
+    0.59  # a sparsity of winning tickets, at which the paper's section 4.3 looks: the nearest level is taken
+)
 MOMENTS = 24  # at most so many epochs of a training are kept to be looked at
 
 
 @dataclass(frozen=True)
-class Claim:
-    """What the paper says of one variant over another, at its highest or lowest sparsities."""
+class Reading:
+    """What is compared of two networks."""
 
-    variant: str
-    over: str
-    words: str
-    where: str = "highest"  # or "lowest": the sparsity that decides
-    gains: bool = True  # whether it is said to gain; else that the two are about equal
+    quantity: str = "accuracy"  # or a number of the figure's measure
+    space: str = ""  # of the measure; "last stage" is the deepest
+    against: str = ""  # the space of the other network's number, where it is another
+    epoch: str = ""  # "first" or "last" of those that were looked at; empty for the reported network
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """What the paper says of something measured of one variant's network, against another's, at the deciding sparsity."""
+class Claim:
+    """One thing that the paper says of a variant: what to compare, and what bears it out.
+
+    A sentence of the paper that says several things, "the best, and hardly falls with sparsity", is as many claims. A
+    sparsity is "dense", "lowest" or "highest", a number for the nearest to it, or "sparse" for the mean over all but dense.
+    The kinds, seed by seed: the "gain" of a variant over another; the "growth" of that gain between two sparsities; and
+    a "distance", how much farther the variant is from `over` than each rival is, on either side.
+    """
 
     variant: str
     over: str
     words: str
-    quantity: str
-    expects: str  # the ratio: "lower" or "higher" than 1, "other" than 1, or "equal" to it
-    space: str  # of the measure; "last stage" is the deepest
-    against: str = ""  # the space of `over`, where it is another
-    epoch: str = ""  # "first" or "last" of those that were looked at; empty for the reported network
+    expects: str = "higher"  # of `claims.EXPECTATIONS`
+    kind: str = "gain"  # of `claims.KINDS`
+    at: str | float = "sparse"  # the sparsity that decides
+    since: str | float | None = None  # that of `over`, or of the gain before, where it is another
+    rivals: tuple[str, ...] = ()  # others that it is over or compared with: it holds where it holds for each
+    reading: Reading = Reading()
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Figure:
 
     title: str
     variants: tuple[str, ...]
-    claims: tuple[Claim, ...] | tuple[Contrast, ...]
+    claims: tuple[Claim, ...]
     drawing: str = "imp"
     dense: tuple[str, ...] = ("vanilla",)
     networks: bool = False  # all of the preset's, or its main ones
@@ -83,46 +92,77 @@ class Preset:
 
 
 _BOTH = ("vanilla", "AT", "TRT", "AT+TRT")
-_SPARSER = "helps sparse networks, most at high sparsity"
+
+
+def _of_look(variant: str, words: str, expects: str, reading: Reading, **others: Any) -> Claim:
+    """A claim of something measured of a variant's network against vanilla's, at the deciding sparsity."""
+    return Claim(variant, "vanilla", words, expects, at=DECIDING, reading=reading, **others)
+
+
+def _of_recipe(variant: str, help: str) -> tuple[Claim, ...]:
+    """What section 4.3 says of each part of the recipe."""
+    return (
+        Claim(variant, "vanilla", f"{help} sparse networks"),
+        Claim(
+            variant,
+            "vanilla",
+            f"{help} sparse networks more than the dense one",
+            kind="growth",
+            since="dense",
+        ),
+        Claim(variant, "vanilla", f"{help} winning tickets at low sparsity win better", at=WINNING),
+    )
+
+
+_EARLY = Reading("median rise", KEPT, epoch="first")
+_AROUND = Reading("rise", INPUTS)
 FIGURES: dict[str, Figure] = {
     "1a": Figure(
         "New skip connections",
         ("vanilla", "skips"),
-        (Claim("skips", "vanilla", "hurt the dense network and help sparse ones, most at high sparsity"),),
+        (
+            Claim("skips", "vanilla", "hurt the dense network", "lower", at="dense"),
+            Claim("skips", "vanilla", "help sparse networks"),
+            Claim(
+                "skips", "vanilla", "help most at high sparsity", kind="growth", at="highest", since="lowest"
+            ),
+        ),
         dense=("vanilla", "skips"),
     ),
     "1b": Figure(
         "Smooth activations",
         ("vanilla", "swish", "mish"),
-        (
-            Claim("swish", "vanilla", f"is marginal for dense networks and {_SPARSER}"),
-            Claim("mish", "vanilla", f"is marginal for dense networks and {_SPARSER}"),
+        tuple(
+            claim
+            for name in ("swish", "mish")
+            for claim in (
+                Claim(name, "vanilla", "is marginal for the dense network", "equal", at="dense"),
+                Claim(name, "vanilla", "helps sparse networks"),
+            )
         ),
         dense=("vanilla", "swish", "mish"),
     ),
     "1c": Figure(
         "Smoothed labels",
         ("vanilla", "smoothing"),
-        (Claim("smoothing", "vanilla", "helps sparse networks, at low sparsity too", "lowest"),),
+        _of_recipe("smoothing", "helps"),
         dense=("vanilla", "smoothing"),
     ),
     "1d": Figure(
         "Learned layer scales",
         ("vanilla", "scales"),
-        (Claim("scales", "vanilla", "helps sparse networks, at low sparsity too", "lowest"),),
+        _of_recipe("scales", "help"),
         dense=("vanilla", "scales"),
     ),
     "2": Figure(
         "Top Hessian eigenvalue by activation",
         ("vanilla", "swish", "mish"),
         tuple(
-            Contrast(
+            _of_look(
                 name,
-                "vanilla",
                 "has a lower top eigenvalue than ReLU in sparse networks",
-                "eigenvalue",
                 "lower",
-                KEPT,
+                Reading("eigenvalue", KEPT),
             )
             for name in ("swish", "mish")
         ),
@@ -133,17 +173,50 @@ FIGURES: dict[str, Figure] = {
         "Architecture and recipe together",
         _BOTH,
         (
-            Claim("AT", "vanilla", "outperforms vanilla the more, the sparser"),
-            Claim("TRT", "vanilla", "outperforms vanilla at low sparsity", "lowest"),
+            Claim("AT", "vanilla", "outperforms vanilla"),
+            Claim(
+                "AT",
+                "vanilla",
+                "outperforms vanilla the more, the sparser",
+                kind="growth",
+                at="highest",
+                since="lowest",
+            ),
+            Claim("TRT", "vanilla", "outperforms vanilla at low sparsity", at=WINNING),
+            Claim(
+                "TRT",
+                "vanilla",
+                "outperforms even the dense network at low sparsity",
+                at=WINNING,
+                since="dense",
+            ),
             Claim("AT+TRT", "vanilla", "patently outperforms vanilla"),
+            Claim("AT+TRT", "vanilla", "outperforms vanilla at the highest sparsity", at="highest"),
+            Claim(
+                "AT+TRT",
+                "vanilla",
+                "is no worse at 91 % sparsity than the dense network",
+                "no lower",
+                at=DECIDING,
+                since="dense",
+            ),
+            Claim(
+                "vanilla",
+                "vanilla",
+                "is worse at 91 % sparsity than the dense network",
+                "lower",
+                at=DECIDING,
+                since="dense",
+            ),
         ),
     ),
     "4b": Figure(
         "Tweaks against weight rewinding",
         ("vanilla", "rewinding", "AT+TRT"),
         (
+            Claim("AT+TRT", "rewinding", "outperforms rewinding at low sparsity", at="lowest"),
             Claim(
-                "AT+TRT", "rewinding", "generally outperforms rewinding below a critical sparsity", "lowest"
+                "AT+TRT", "rewinding", "is comparable with rewinding at 97 % sparsity", "equal", at="highest"
             ),
         ),
     ),
@@ -151,32 +224,16 @@ FIGURES: dict[str, Figure] = {
         "Loss contours early in training",
         ("vanilla", "skips", "smoothing", "scales"),
         (
-            Contrast(
-                "skips",
-                "vanilla",
-                "remarkably change the landscape, to a larger basin",
-                "median rise",
-                "lower",
-                KEPT,
-                epoch="first",
-            ),
-            Contrast(
+            _of_look("skips", "change the landscape early in training", "other", _EARLY),
+            _of_look("skips", "have a larger basin early in training", "lower", _EARLY),
+            _of_look("scales", "change the landscape early in training", "other", _EARLY),
+            _of_look(
                 "smoothing",
-                "vanilla",
-                "differs least early in training",
-                "median rise",
-                "equal",
-                KEPT,
-                epoch="first",
-            ),
-            Contrast(
-                "scales",
-                "vanilla",
-                "change the contours' variance much early in training",
-                "median rise",
-                "other",
-                KEPT,
-                epoch="first",
+                "differs least from vanilla early in training",
+                "lower",
+                _EARLY,
+                kind="distance",
+                rivals=("skips", "scales"),
             ),
         ),
         dense=(),
@@ -200,23 +257,44 @@ FIGURES: dict[str, Figure] = {
         "Tweaks with weight rewinding",
         ("vanilla", "rewinding", "AT+rewinding", "TRT+rewinding", "AT+TRT+rewinding"),
         (
-            Claim("AT+rewinding", "rewinding", "is marginally better than rewinding"),
-            Claim("TRT+rewinding", "rewinding", "is significantly better than rewinding"),
-            Claim("AT+TRT+rewinding", "rewinding", "is the best of all, and hardly falls with sparsity"),
+            Claim("AT+rewinding", "rewinding", "is better than rewinding"),
+            Claim("AT+rewinding", "rewinding", "differs marginally from rewinding", "equal"),
+            Claim("TRT+rewinding", "rewinding", "is better than rewinding"),
+            Claim(
+                "AT+TRT+rewinding",
+                "rewinding",
+                "is the best of all",
+                rivals=("AT+rewinding", "TRT+rewinding", "vanilla"),
+            ),
+            Claim(
+                "AT+TRT+rewinding",
+                "AT+TRT+rewinding",
+                "hardly falls with sparsity",
+                "equal",
+                at="highest",
+                since="lowest",
+            ),
+            Claim(
+                "AT+TRT+rewinding",
+                "vanilla",
+                "falls less with sparsity than vanilla",
+                kind="growth",
+                at="highest",
+                since="lowest",
+            ),
         ),
     ),
     "9": Figure(
         "Distillation in place of smoothing",
         ("vanilla", "AT+TRT", "AT+TRT+KD"),
-        (Claim("AT+TRT+KD", "AT+TRT", "has only marginal benefits", gains=False),),
+        (Claim("AT+TRT+KD", "AT+TRT", "has only marginal benefits over smoothing", "equal"),),
     ),
     "10": Figure(
         "Test loss along the top eigenvector",
         _BOTH,
-        (
-            Contrast("AT+TRT", "vanilla", "lies in a flatter minimum", "rise", "lower", KEPT),
-            Contrast("AT", "vanilla", "lies in a flatter minimum", "rise", "lower", KEPT),
-            Contrast("TRT", "vanilla", "lies in a flatter minimum", "rise", "lower", KEPT),
+        tuple(
+            _of_look(name, "lies in a flatter minimum", "lower", Reading("rise", KEPT))
+            for name in ("AT+TRT", "AT", "TRT")
         ),
         dense=(),
         measure="line",
@@ -226,23 +304,16 @@ FIGURES: dict[str, Figure] = {
         "Loss around the inputs",
         ("vanilla", "swish", "skips", "smoothing", "scales", "AT+TRT"),
         (
-            Contrast(
-                "AT+TRT",
-                "vanilla",
-                "notably flattens the landscape of inputs",
-                "rise",
-                "lower",
-                INPUTS,
+            _of_look("AT+TRT", "flattens the landscape of inputs", "lower", _AROUND),
+            _of_look("skips", "change the landscape to the end", "other", _AROUND),
+            _of_look(
+                "smoothing",
+                "differs most from vanilla of the single tweaks at the end of training",
+                "higher",
+                _AROUND,
+                kind="distance",
+                rivals=("swish", "skips", "scales"),
             ),
-            Contrast(
-                "skips",
-                "vanilla",
-                "remarkably change the landscape to the end",
-                "rise",
-                "other",
-                INPUTS,
-            ),
-            Contrast("smoothing", "vanilla", "differs most at the end of training", "rise", "other", INPUTS),
         ),
         dense=(),
         measure="inputs",
@@ -252,22 +323,17 @@ FIGURES: dict[str, Figure] = {
         "Activation sparsity of ReLU (vanilla) and Swish",
         ("vanilla", "swish"),
         (
-            Contrast(
+            _of_look(
                 "swish",
-                "vanilla",
-                "leaves far fewer activations near zero than ReLU (0.2 to 0.4 % beside 27 to 66 %)",
-                "near zeros",
+                "leaves fewer activations near zero than ReLU",
                 "lower",
-                EVERYTHING,
+                Reading("near zeros", EVERYTHING),
             ),
-            Contrast(
-                "vanilla",
+            _of_look(
                 "vanilla",
                 "grows sparser with depth",
-                "exact zeros",
                 "higher",
-                "last stage",
-                against="stage 1",
+                Reading("exact zeros", "last stage", against="stage 1"),
             ),
         ),
         dense=("vanilla", "swish"),
@@ -277,17 +343,14 @@ FIGURES: dict[str, Figure] = {
         "Top Hessian eigenvalue during training",
         ("vanilla", "AT+TRT"),
         (
-            Contrast(
+            _of_look(
                 "AT+TRT",
-                "vanilla",
                 "has a higher top eigenvalue at first",
-                "eigenvalue",
                 "higher",
-                KEPT,
-                epoch="first",
+                Reading("eigenvalue", KEPT, epoch="first"),
             ),
-            Contrast(
-                "AT+TRT", "vanilla", "has a lower one at the end", "eigenvalue", "lower", KEPT, epoch="last"
+            _of_look(
+                "AT+TRT", "has a lower one at the end", "lower", Reading("eigenvalue", KEPT, epoch="last")
             ),
         ),
         dense=(),
@@ -298,7 +361,7 @@ FIGURES: dict[str, Figure] = {
     "A13": Figure(
         "One-shot pruning",
         _BOTH,
-        (Claim("AT+TRT", "vanilla", "still performs significantly better than vanilla"),),
+        (Claim("AT+TRT", "vanilla", "still performs better than vanilla"),),
         drawing="omp",
     ),
 }

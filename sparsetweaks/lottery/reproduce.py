@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsetweaks.lottery.claims import Finding, accuracies, findings
 from sparsetweaks.lottery.config import LotteryError
-from sparsetweaks.lottery.contrasts import Finding, findings, readings, rows_of, table_of
+from sparsetweaks.lottery.contrasts import readings, rows_of, table_of
 from sparsetweaks.lottery.experiment import Experiment, Source, compare
 from sparsetweaks.lottery.figures import (
     DECIDING,
@@ -17,15 +18,13 @@ from sparsetweaks.lottery.figures import (
     FIGURES,
     MOMENTS,
     PRESETS,
-    Claim,
-    Contrast,
     Figure,
     Preset,
 )
 from sparsetweaks.lottery.files import write
 from sparsetweaks.lottery.grid import Engine, run_all
 from sparsetweaks.lottery.pictures import picture_of
-from sparsetweaks.lottery.results import csv_of, picture, statistics, summarise, table
+from sparsetweaks.lottery.results import Summary, csv_of, picture, statistics, summarise, table
 from sparsetweaks.lottery.smoothness import BEST, Look, look_at
 from sparsetweaks.lottery.spend import MEASURED_ON
 from sparsetweaks.lottery.train import Trained
@@ -166,11 +165,18 @@ class _Made(NamedTuple):
 
 def _of_rows(figure: str, rows: Sequence[Mapping[str, Any]]) -> _Made:
     """A figure of accuracies."""
-    over = [claim.over for claim in FIGURES[figure].claims]
-    lines = [line for name in dict.fromkeys(over) for line in statistics(rows, over=name)]
-    settings = summarise(rows)
+    claims, settings = FIGURES[figure].claims, summarise(rows)
+    over = list(dict.fromkeys(claim.over for claim in claims if claim.over != claim.variant))
+    lines = [line | _by_seed(settings, line) for name in over for line in statistics(rows, over=name)]
+    told = [each for title, found in settings.items() for each in findings(claims, accuracies(found), title)]
     tables = [f"{title}\n\n{table(summary, over=over[0])}" for title, summary in settings.items()]
-    return _Made(picture(settings), lines, comparison(figure, rows), tables)
+    return _Made(picture(settings), lines, told, tables)
+
+
+def _by_seed(settings: Mapping[str, Summary], line: Mapping[str, Any]) -> dict[str, str]:
+    """The accuracies behind a line of numbers, so that any contrast can be taken of the file."""
+    cell = settings[line["setting"]][line["sparsity"]][line["variant"]]
+    return {"by_seed": " ".join(f"{seed}:{value:.6g}" for seed, value in sorted(cell.by_seed.items()))}
 
 
 def _of_looks(
@@ -180,13 +186,12 @@ def _of_looks(
 ) -> _Made:
     """A figure of what was measured; its picture is of the first network, its numbers are of all."""
     drawn, lines, told, tables = FIGURES[figure], [], [], []
-    contrasts = [claim for claim in drawn.claims if isinstance(claim, Contrast)]
+    quantities = [claim.reading.quantity for claim in drawn.claims]
     for ran, seen in zip(rows, looks, strict=True):
         setting, found = next(iter(summarise(ran))), readings(seen)
-        sparse = {place.sparsity for place in found} - {0.0}
         lines += rows_of(found, setting)
-        told += findings(contrasts, found, setting, min(sparse, key=lambda each: abs(each - DECIDING)))
-        tables.append(f"{setting}\n\n{table_of(found, [claim.quantity for claim in contrasts])}")
+        told += findings(drawn.claims, found, setting)
+        tables.append(f"{setting}\n\n{table_of(found, quantities)}")
     setting, found = next(iter(summarise(rows[0]))), readings(looks[0])
     shown = picture_of(str(drawn.measure), looks[0], found, f"{drawn.title}\n{setting}")
     return _Made(shown, lines, told, tables)
@@ -194,60 +199,6 @@ def _of_looks(
 
 def _looks(part: Experiment) -> int:
     return part.spendings * max(1, len(part.keep_epochs))
-
-
-def comparison(figure: str, rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """What the paper claims of accuracies and what came out, for each claim and setting.
-
-    Args:
-        figure: a name of `FIGURES`.
-        rows: of its experiments.
-
-    Returns:
-        A finding for each; `line` tells it in words.
-    """
-    told = []
-    for title, summary in summarise(rows).items():
-        sparse = sorted(sparsity for sparsity in summary if sparsity)
-        for claim in FIGURES[figure].claims:
-            assert isinstance(claim, Claim)
-            at = sparse[-1] if claim.where == "highest" else sparse[0]
-            cells = summary[at]
-            gain = cells[claim.variant].over(cells[claim.over])
-            assert gain is not None, "each variant has each seed"
-            width = "" if gain.interval is None else f" ± {gain.interval:.1f}"
-            ours = (
-                f"{claim.variant} over {claim.over} at {100 * at:.4g} % sparsity: {gain.mean:+.1f}{width} points over "
-                f"{len(gain.by_seed)} seeds"
-            )
-            said = f"{claim.variant} {claim.words}"
-            told.append(Finding(title, said, ours, verdict(claim, gain.mean, gain.interval)))
-    return told
-
-
-def verdict(claim: Claim, gain: float, interval: float | None) -> str:
-    """Whether a gain bears a claim out, in words.
-
-    Args:
-        claim: of the paper.
-        gain: in points.
-        interval: half of its 95 % interval; None for one seed.
-
-    Returns:
-        A phrase.
-
-    Example:
-        >>> verdict(Claim("AT", "vanilla", ""), 0.5, 1.2)
-        'not settled: so few seeds show no difference beyond noise'
-    """
-    if interval is None:
-        return "one seed settles nothing"
-    if abs(gain) <= interval:
-        few = "so few seeds show no difference beyond noise"
-        return f"not settled: {few}" if claim.gains else f"in agreement as far as that goes: {few}"
-    if not claim.gains:
-        return "a difference, where the paper finds almost none"
-    return "in agreement" if gain > 0 else "the opposite, beyond noise"
 
 
 def overview(folder: Path) -> str:
