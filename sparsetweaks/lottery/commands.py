@@ -50,7 +50,7 @@ from sparsetweaks.lottery.progress import Progress
 from sparsetweaks.lottery.ranks import joined, leads
 from sparsetweaks.lottery.report import report
 from sparsetweaks.lottery.reproduce import PRESETS, experiments, overview, reproduce
-from sparsetweaks.lottery.results import append_row, plot, read_rows, summarise, table
+from sparsetweaks.lottery.results import append_row, kept_runs, plot, read_rows, summarise, table
 from sparsetweaks.lottery.spend import seeds_of
 from sparsetweaks.lottery.store import Ticket, load_ticket
 
@@ -195,7 +195,7 @@ def spend_command(
     }  # fmt: skip
     with joined(), engine_of(data["device"], **how) as run, alone(out):
         loaded = [load_ticket(path, model=model) for path in tickets]
-        known = {(each["run"], each["variant"]) for each in read_rows(out / "results.csv")}
+        known = kept_runs(out / "results.csv")
         cells = [
             (ticket, name, seed)
             for ticket in loaded

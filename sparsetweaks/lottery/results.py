@@ -26,6 +26,7 @@ SUMMARISED = (
     "seed",
     "test",
 )  # columns that `summarise` needs
+OF_TICKETS = ("ticket", "ticket_seed", "drawing")  # columns that rows to be added to must have
 COLOURS = 128  # of a picture
 DRAWN = {
     "imp": "iterative magnitude pruning",
@@ -100,6 +101,32 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if any(name not in row for row in rows for name in ("run", "variant")):
         raise LotteryError(f"{path} is not a CSV file of results, or has a broken line")
     return list({(row["run"], row["variant"]): row for row in rows}.values())
+
+
+def kept_runs(path: Path) -> set[tuple[str, str]]:
+    """Which runs have a row already: to be asked before any training, as a file of another version takes no more rows.
+
+    Args:
+        path: of the file, as for `read_rows`.
+
+    Returns:
+        Pairs of run and variant.
+
+    Raises:
+        LotteryError: as `read_rows`, and for rows that do not say which ticket they are of.
+    """
+    rows = read_rows(path)
+    _check_columns(rows, OF_TICKETS)
+    return {(row["run"], row["variant"]) for row in rows}
+
+
+def _check_columns(rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> None:
+    missing = [name for name in columns if any(name not in row for row in rows)]
+    if missing:
+        raise LotteryError(
+            f"these results say no {', '.join(missing)}: another version of sparsetweaks wrote them; choose another folder "
+            "with --out, or move results.csv away and give the command again, which reads its runs back"
+        )
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -197,12 +224,7 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Summary]:
         95.0
     """
     rows = list(rows)
-    missing = [name for name in SUMMARISED if any(name not in row for row in rows)]
-    if missing:
-        raise LotteryError(
-            f"these results say no {', '.join(missing)}: another version of sparsetweaks wrote them; choose another folder "
-            "with --out, or move results.csv away and give the command again, which reads its runs back"
-        )
+    _check_columns(rows, SUMMARISED)
     settings: dict[str, Summary] = {}
     found: dict[tuple[Any, ...], str] = {}  # the ticket of each seed, and the run of each number
     for title, row in _titled(rows):

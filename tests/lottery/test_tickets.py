@@ -206,6 +206,22 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
         check_writable(tmp_path / "file" / "runs")
 
 
+def test_files_of_another_version_are_not_taken_up(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of format 2, whose tickets said no scope and whose scales were learned in bfloat16."""
+    with monkeypatch.context() as before:
+        before.setattr("sparsetweaks.lottery.files.FORMAT", 2)
+        ticket = draw(digits, NETWORK, RECIPE, seed=0, folder=tmp_path, levels=1)[1]
+    message = (
+        "holds: {0}, format 2; wanted: {0}, format 3. If another version of sparsetweaks wrote it, choose"
+    )
+    with pytest.raises(LotteryError, match=message.format("ticket")):
+        load_ticket(ticket_path(tmp_path, ticket))
+    with pytest.raises(LotteryError, match=message.format("training")):
+        draw(digits, NETWORK, RECIPE, seed=0, folder=tmp_path, levels=1)
+
+
 # ---------------------------------------------------------------------------------------------------- spending
 
 
