@@ -54,6 +54,17 @@ from sparsetweaks.lottery.results import append_row, kept_runs, plot, read_rows,
 from sparsetweaks.lottery.spend import seeds_of
 from sparsetweaks.lottery.store import Ticket, load_ticket
 
+_DRAWING = {  # options of `draw` by parameter, of which some exclude others
+    "method": "--method",
+    "levels": "--levels",
+    "fraction": "--fraction",
+    "sparsities": "--sparsity",
+    "scope": "--scope",
+    "masks": "--masks",
+    "masks_name": "--masks-name",
+    "rewind_epoch": "--rewind-epoch",
+}
+
 
 @click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sparsetweaks")
@@ -134,37 +145,19 @@ def draw_command(
 
 def _check_drawing(context: click.Context, method: str) -> None:
     """Raise a LotteryError for options of `draw` that another one leaves without effect."""
-    given = {
-        name
-        for name in (
-            "method",
-            "levels",
-            "fraction",
-            "sparsities",
-            "scope",
-            "masks",
-            "masks_name",
-            "rewind_epoch",
-        )
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    }
-    chooses, useless = "", set()
+    given = {each for each in _DRAWING if context.get_parameter_source(each) is ParameterSource.COMMANDLINE}
     if "masks" in given:
-        chooses, useless = "--masks brings the masks", given - {"masks", "masks_name"}
+        says, useless = "--masks brings the masks", given - {"masks", "masks_name"}
     elif "masks_name" in given:
-        chooses, useless = "--masks-name is for --masks", {"masks_name"}
+        says, useless = "--masks-name is for --masks", {"masks_name"}
     elif method != "magnitude":
-        chooses, useless = (
-            f"--method {method} prunes once and trains nothing",
-            given & {"levels", "fraction", "rewind_epoch"},
-        )
-    elif "sparsities" in given:
-        chooses, useless = "--sparsity prunes in one shot", given & {"levels", "fraction"}
+        says = f"--method {method} prunes once and trains nothing"
+        useless = given & {"levels", "fraction", "rewind_epoch"}
+    else:
+        says = "--sparsity prunes in one shot"
+        useless = given & {"levels", "fraction"} if "sparsities" in given else set()
     if useless:
-        names = sorted(
-            "--" + {"sparsities": "sparsity"}.get(name, name).replace("_", "-") for name in useless
-        )
-        raise LotteryError(f"{chooses}: leave out {', '.join(names)}")
+        raise LotteryError(f"{says}: leave out {', '.join(sorted(_DRAWING[each] for each in useless))}")
 
 
 @commands.command("spend")

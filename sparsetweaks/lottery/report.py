@@ -120,15 +120,23 @@ def _costs(rows: list[dict[str, str]]) -> str:
     ]
     costs: dict[tuple[str, ...], list[str]] = {}  # of the first seed: the others differ by little
     for row in sorted(
-        rows, key=lambda row: (row["architecture"], float(row["sparsity"]), row["variant"], row["seed"])
+        rows,
+        key=lambda row: (
+            row["architecture"],
+            row.get("drawn", ""),
+            float(row["sparsity"]),
+            row["variant"],
+            row["seed"],
+        ),
     ):
-        run = (row["architecture"], row["data"], f"{100 * float(row['sparsity']):.4g} %", row["variant"])
+        sparse = f"{100 * float(row['sparsity']):.4g} %"
+        run = (row["architecture"], row["data"], row.get("drawn", ""), sparse, row["variant"])
         costs.setdefault(run, [row[name] if "." in row[name] else f"{int(row[name]):,}" for name in columns])
     cells = [
         "<tr>" + "".join(f"<td>{escape(value)}</td>" for value in [*run, *numbers]) + "</tr>"
         for run, numbers in costs.items()
     ]
-    head = ["network", "data", "sparsity", "variant", *(name.replace("_", " ") for name in columns)]
+    head = ["network", "data", "drawn", "sparsity", "variant", *(name.replace("_", " ") for name in columns)]
     return _table(head, cells)
 
 

@@ -305,7 +305,8 @@ def _dense_network(
 
 
 def _title(ticket: Ticket, name: str, seed: int) -> str:
-    sparse = f"level {ticket.level}, {100 * ticket.sparsity:.1f} % sparse" if ticket.level else "dense"
+    level = f"{ticket.drawn}, level {ticket.level}, {100 * ticket.sparsity:.1f} % sparse"
+    sparse = level if ticket.level else "dense"
     return f"{ticket.network.name} on {ticket.data}, {seeds_of(ticket.seed, seed)}, {sparse}, {name}"
 
 

@@ -134,6 +134,7 @@ def test_masks_that_differ_are_compared_and_not_mixed(monkeypatch, tmp_path: Pat
         "swish",
         "--out",
         tmp_path,
+        "--tensorboard",
     ]
     assert run(monkeypatch, *spend) == 0
     captured = capsys.readouterr()
@@ -156,6 +157,9 @@ def test_masks_that_differ_are_compared_and_not_mixed(monkeypatch, tmp_path: Pat
     ):
         assert re.search(rf"epochs\), {title}$", captured.out, flags=re.MULTILINE)
     assert run(monkeypatch, "report", tmp_path) == 0
+    costs = (tmp_path / "report.html").read_text().partition("What each run cost")[2]
+    assert costs.count("<td>swish</td>") == 4  # a line for each, as their sizes may differ
+    assert len(list(tmp_path.glob("events/*"))) == 1 + 4 * 2
 
 
 def test_trainings_of_several_tickets_are_told_from_those_of_one(monkeypatch, tmp_path: Path, capsys) -> None:

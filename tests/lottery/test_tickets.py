@@ -214,7 +214,7 @@ def test_files_of_another_version_are_not_taken_up(
         before.setattr("sparsetweaks.lottery.files.FORMAT", 2)
         ticket = draw(digits, NETWORK, RECIPE, seed=0, folder=tmp_path, levels=1)[1]
     message = (
-        "holds: {0}, format 2; wanted: {0}, format 3. If another version of sparsetweaks wrote it, choose"
+        "holds: {0}, format 2; wanted: {0}, format 3\\. If another version of sparsetweaks wrote it, choose"
     )
     with pytest.raises(LotteryError, match=message.format("ticket")):
         load_ticket(ticket_path(tmp_path, ticket))
