@@ -285,8 +285,8 @@ def _check_alone(kind: str, before: str, row: Mapping[str, Any], title: str) -> 
         sparse = f"{100 * float(row['sparsity']):.4g} % sparse, seed {row['seed']}, {row['variant']}"
         raise LotteryError(
             f"two {kind}s in one cell, {before or 'unknown'} and {row.get(kind) or 'unknown'} ({title}; {sparse}): "
-            f"nothing in their rows tells them apart. Remove those of one from results.csv (column {kind!r}), and spend it into "
-            "a folder of its own with --out; masks from elsewhere are told apart by draw --masks-name"
+            f"nothing in their rows tells them apart. Remove those of one from results.csv (column {kind!r}), and spend it "
+            "into a folder of its own with --out; masks from elsewhere are told apart by draw --masks-name"
         )
 
 
