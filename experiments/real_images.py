@@ -90,7 +90,7 @@ def run(
     ticket = _ticket(data, seed, sparsity, out)
     tweaks = variants[name]
     done = {(each["run"], each["variant"]) for each in read_rows(rows)}
-    if (run_key(ticket, tweaks, RECIPE, seed=seed), name) in done:
+    if (run_key(ticket, tweaks, RECIPE, seed=seed, device=data.mean.device), name) in done:
         return
     started = time.strftime("%H:%M:%S")
     trained = spend(ticket, tweaks, data, RECIPE, seed=seed, folder=out / "runs")

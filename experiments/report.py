@@ -44,7 +44,7 @@ def real_images() -> str:
             table(summary),
             "",
             f"{first['architecture']}, {int(first['train_images']):,} training images of {first['image_size']} x "
-            f"{first['image_size']} pixels and all 10,000 test images, {first['epochs']} epochs, "
+            f"{first['image_size']} pixels, {first['epochs']} epochs, "
             f"{first['precision']}, torch {first['torch'].split('+')[0]}, {first['hardware']}. "
             f"Non-zeros added by tweaks at {highest:.0%} sparsity: {cost}. Learning the layer scales took "
             f"{sum(seconds['scales']) / len(seconds['scales']):.0f} s before the training.",
@@ -133,6 +133,8 @@ def speed() -> str:
     rows = ["| what | ratio of | median (lowest to highest) | n | at most | |", "|---|---|---|---|---|---|"]
     for line in lines:
         spread = f" ({number(line['lowest'])} to {number(line['highest'])})" if line["lowest"] else ""
+        if line["n"] == "1":
+            spread = " (once)"
         cells = (
             line["what"],
             line["measure"],
@@ -141,11 +143,16 @@ def speed() -> str:
             number(line["target"]),
         )
         rows.append(f"| {' | '.join(cells)} | {line['met'] or line['note']} |")
-    machines = dict.fromkeys((line["hardware"], line["threads"]) for line in lines)
-    where = " and ".join(f"{hardware}, {threads} thread" for hardware, threads in machines)
+    where = " and ".join(dict.fromkeys(_machine(line["hardware"], line["threads"]) for line in lines))
     return "\n".join(
         [*rows, "", f"{where}; versions, and why a target is missed, in benchmarks/results/bench.csv."]
     )
+
+
+def _machine(hardware: str, threads: str) -> str:
+    """What times were measured on, once each: some benchmarks write their threads into the hardware's name too."""
+    name = re.sub(r", (\d+|one) threads?$", "", hardware)
+    return f"{name}, {threads} thread{'' if threads == '1' else 's'}"
 
 
 def zoo() -> str:

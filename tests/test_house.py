@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -166,3 +167,14 @@ def test_every_public_name_is_in_the_readme_and_has_an_example():
         "scale_layers",
     }
     assert set(st.__all__) - documented <= named
+
+
+def test_the_table_of_speed_names_each_machine_once_and_says_what_was_measured_once() -> None:
+    text = runpy.run_path(str(ROOT / "experiments" / "report.py"))["speed"]()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")
+    ]
+    assert all(("(once)" in row[2]) == (row[3] == "1") for row in rows[2:])
+    machines = text.splitlines()[-1].split(";")[0].split(" and ")
+    assert all(re.fullmatch(r"[^,]+, \d+ threads?", each) for each in machines)
+    assert len(machines) == len(set(machines))

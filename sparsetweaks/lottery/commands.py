@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import torch
+from click.core import ParameterSource
 
 from sparsetweaks.lottery import demo as demonstration
 from sparsetweaks.lottery.config import PARTS, LotteryError, Network, Recipe, variant
@@ -49,8 +50,20 @@ from sparsetweaks.lottery.progress import Progress
 from sparsetweaks.lottery.ranks import joined, leads
 from sparsetweaks.lottery.report import report
 from sparsetweaks.lottery.reproduce import PRESETS, experiments, overview, reproduce
-from sparsetweaks.lottery.results import append_row, plot, read_rows, summarise, table
+from sparsetweaks.lottery.results import append_row, kept_runs, plot, read_rows, summarise, table
+from sparsetweaks.lottery.spend import seeds_of
 from sparsetweaks.lottery.store import Ticket, load_ticket
+
+_DRAWING = {  # options of `draw` by parameter, of which some exclude others
+    "method": "--method",
+    "levels": "--levels",
+    "fraction": "--fraction",
+    "sparsities": "--sparsity",
+    "scope": "--scope",
+    "masks": "--masks",
+    "masks_name": "--masks-name",
+    "rewind_epoch": "--rewind-epoch",
+}
 
 
 @click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -77,20 +90,26 @@ def commands() -> None:
     "--sparsity", "sparsities", type=FRACTIONS, multiple=True, help="Prune to this in one shot instead."
 )
 @click.option(
-    "--scope", type=click.Choice(SCOPES), default="global", help="Shares of layers, without training."
+    "--scope", type=click.Choice(SCOPES), default="global", help="How many weights each layer keeps."
 )
 @click.option(
     "--masks", type=click.Path(path_type=Path), help="A file of masks from elsewhere to take instead."
+)
+@click.option(
+    "--masks-name", help="What drew them, the same for the masks of several seeds.  [default: the file]"
 )
 @click.option("--rewind-epoch", type=click.IntRange(min=0), default=0, help="0 is the initialisation.")
 @RECIPE_OPTIONS
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 @OUT_OPTION
+@click.pass_context
 def draw_command(
-    name: str, width: int | None, method: str, levels: int, fraction: float, sparsities: tuple[float, ...], scope: str,
-    masks: Path | None, rewind_epoch: int, seed: int, out: Path, **given: Any,
+    context: click.Context, name: str, width: int | None, method: str, levels: int, fraction: float,
+    sparsities: tuple[float, ...], scope: str, masks: Path | None, masks_name: str | None, rewind_epoch: int, seed: int,
+    out: Path, **given: Any,
 ) -> None:  # fmt: skip
     """Draw tickets: train, prune the smallest weights, rewind the others, repeat; or without training."""
+    _check_drawing(context, method)
     network, (data, events, plan) = Network(name, width), split(given)
     if method != "magnitude" and not sparsities:
         raise LotteryError(f"--method {method} prunes once, before any training: say to which --sparsity")
@@ -104,9 +123,13 @@ def draw_command(
                 progress.line(_describe(ticket))
 
             common: dict[str, Any] = {"seed": seed, "folder": out, "on_ticket": kept}
-            trained: dict[str, Any] = {"rewind_epoch": rewind_epoch, "on_epoch": progress.epoch}
+            trained: dict[str, Any] = {
+                "scope": scope,
+                "rewind_epoch": rewind_epoch,
+                "on_epoch": progress.epoch,
+            }
             if masks is not None:
-                tickets = draw_by_masks(images, network, masks, **common)
+                tickets = draw_by_masks(images, network, masks, name=masks_name, **common)
             elif method != "magnitude":
                 tickets = draw_untrained(
                     images, network, method=method, scope=scope, sparsities=sparsities, **common
@@ -118,6 +141,23 @@ def draw_command(
         _log(out, "draw", {"model": name, "width": network.width, "seed": seed, **data}, plan)
         for ticket in tickets:
             click.echo(ticket_path(out, ticket))
+
+
+def _check_drawing(context: click.Context, method: str) -> None:
+    """Raise a LotteryError for options of `draw` that another one leaves without effect."""
+    given = {each for each in _DRAWING if context.get_parameter_source(each) is ParameterSource.COMMANDLINE}
+    if "masks" in given:
+        says, useless = "--masks brings the masks", given - {"masks", "masks_name"}
+    elif "masks_name" in given:
+        says, useless = "--masks-name is for --masks", {"masks_name"}
+    elif method != "magnitude":
+        says = f"--method {method} prunes once and trains nothing"
+        useless = given & {"levels", "fraction", "rewind_epoch"}
+    else:
+        says = "--sparsity prunes in one shot"
+        useless = given & {"levels", "fraction"} if "sparsities" in given else set()
+    if useless:
+        raise LotteryError(f"{says}: leave out {', '.join(sorted(_DRAWING[each] for each in useless))}")
 
 
 @commands.command("spend")
@@ -148,14 +188,19 @@ def spend_command(
     }  # fmt: skip
     with joined(), engine_of(data["device"], **how) as run, alone(out):
         loaded = [load_ticket(path, model=model) for path in tickets]
-        known = {(each["run"], each["variant"]) for each in read_rows(out / "results.csv")}
+        known = kept_runs(out / "results.csv")
         cells = [
             (ticket, name, seed)
             for ticket in loaded
             for name in (chosen if ticket.level else ["vanilla"])
             for seed in seeds or [ticket.seed]
         ]
+        untweaked = [name for name in chosen if name != "vanilla"]
         with Progress(len(cells) * plan.epochs, "epoch", events=events_of(out, events)) as progress:
+            if untweaked and not all(ticket.level for ticket in loaded):
+                progress.line(
+                    f"the dense network is trained as vanilla alone, without {', '.join(untweaked)}"
+                )
             common: dict[str, Any] = {
                 "source": Source(data["source"], data["size"], data["limit"], data["split_seed"]),
                 "recipe": plan, "folder": out.resolve(), "device": data["device"],
@@ -264,7 +309,8 @@ def _describe(ticket: Ticket) -> str:
 
 def _describe_row(row: dict[str, Any]) -> str:
     sparse = f"level {row['level']}, {100 * row['sparsity']:.1f} % sparse" if row["level"] else "dense"
-    cell = f"{row['architecture']} on {row['data']}, {sparse}, {row['variant']}, seed {row['seed']}"
+    cell = f"{row['architecture']} on {row['data']}, {sparse}, {row['variant']}"
+    cell += f", {seeds_of(row['ticket_seed'], row['seed'])}"
     return f"{cell}: {100 * row['test']:.1f} % in test"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from sparsetweaks.lottery.config import LotteryError, Network, Recipe, Tweaks, key
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.files import State
-from sparsetweaks.lottery.spend import rewinding_epoch, run_key, spend
+from sparsetweaks.lottery.spend import computed, rewinding_epoch, run_key, spend
 from sparsetweaks.lottery.store import Ticket, dense_ticket, read_masks, save_ticket, ticket_path
 from sparsetweaks.lottery.train import Trained
 from sparsetweaks.lottery.tweaking import SCORED_PER_CLASS, narrowed, pruned_untrained
@@ -32,13 +32,14 @@ def draw(
     folder: Path,
     levels: int = LEVELS,
     fraction: float = FRACTION,
+    scope: str = "global",
     rewind_epoch: int = 0,
     on_epoch: Callable[[Trained], None] | None = None,
     on_ticket: Callable[[Ticket], None] | None = None,
 ) -> list[Ticket]:
     """Draw tickets by iterative magnitude pruning with rewinding (the paper, 2; Frankle and Carbin 2019).
 
-    Each level trains the ticket before it and prunes a fraction of what remains, globally by magnitude. Every training
+    Each level trains the ticket before it and prunes a fraction of what remains, by magnitude. Every training
     is kept in `folder`: one that is there is not run again, and a drawing that was cut off goes on where it was.
 
     Args:
@@ -49,6 +50,7 @@ def draw(
         folder: for `tickets/`, one file per level, and `runs/`, one per training.
         levels: how often to prune.
         fraction: of the remaining weights to prune per level, in (0, 1).
+        scope: how many weights each layer keeps, one of `SCOPES`; "global", the default, is the paper's.
         rewind_epoch: epoch of the dense training to start from; 0 is the initialisation. (Variants with "rewinding"
             start a ticket that was drawn from 0 at `rewinding_epoch`, under the same masks.)
         on_epoch: see `train`.
@@ -58,8 +60,9 @@ def draw(
         The tickets of level 0 (dense) to `levels`.
 
     Raises:
-        LotteryError: for a fraction, a number of levels or a rewinding epoch out of range.
+        LotteryError: for a fraction, a number of levels or a rewinding epoch out of range, or a scope that is not there.
     """
+    _check_scope(scope)
     if not 0 < fraction < 1:
         raise LotteryError(f"fraction must lie between 0 and 1, got {fraction}")
     if levels < 1:
@@ -71,7 +74,7 @@ def draw(
             trained = spend(
                 ticket, Tweaks(), data, recipe, seed=seed, folder=folder / "runs", on_epoch=on_epoch
             )
-        ticket = _pruned(ticket, trained, data, recipe, fraction, folder, "imp", rewind_epoch)
+        ticket = _pruned(ticket, trained, data, recipe, fraction, folder, "imp", scope, rewind_epoch)
         tickets.append(ticket)
         if on_ticket is not None:
             on_ticket(ticket)
@@ -86,6 +89,7 @@ def draw_one_shot(
     seed: int,
     folder: Path,
     sparsities: Sequence[float],
+    scope: str = "global",
     rewind_epoch: int = 0,
     on_epoch: Callable[[Trained], None] | None = None,
     on_ticket: Callable[[Ticket], None] | None = None,
@@ -99,6 +103,7 @@ def draw_one_shot(
         seed: of the initialisation and of the training.
         folder: for `tickets/` and `runs/`.
         sparsities: fractions of the weights to remove, each in (0, 1).
+        scope: how many weights each layer keeps, one of `SCOPES`.
         rewind_epoch: epoch of the dense training to start from; 0 is the initialisation. (Variants with "rewinding"
             start a ticket that was drawn from 0 at `rewinding_epoch`, under the same masks.)
         on_epoch: see `train`.
@@ -108,12 +113,14 @@ def draw_one_shot(
         The dense ticket, then one per sparsity, all of those of level 1.
 
     Raises:
-        LotteryError: for a sparsity or a rewinding epoch out of range.
+        LotteryError: for a sparsity or a rewinding epoch out of range, or a scope that is not there.
     """
+    _check_scope(scope)
     _check_sparsities(sparsities)
     ticket, trained = _dense(data, network, recipe, seed, folder, rewind_epoch, on_epoch)
     tickets = [
-        _pruned(ticket, trained, data, recipe, each, folder, "omp", rewind_epoch) for each in sparsities
+        _pruned(ticket, trained, data, recipe, each, folder, "omp", scope, rewind_epoch)
+        for each in sparsities
     ]
     if on_ticket is not None:
         for drawn in tickets:
@@ -150,9 +157,9 @@ def draw_untrained(
     Raises:
         LotteryError: for a sparsity out of range, or a method or scope that is not there.
     """
-    for name, value, known in (("method", method, UNTRAINED), ("scope", scope, SCOPES)):
-        if value not in known:
-            raise LotteryError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
+    if method not in UNTRAINED:
+        raise LotteryError(f"unknown method {method!r}; choose from {', '.join(UNTRAINED)}")
+    _check_scope(scope)
     _check_sparsities(sparsities)
     dense = dense_ticket(network, data, seed=seed)
     save_ticket(dense, ticket_path(folder, dense))
@@ -160,7 +167,8 @@ def draw_untrained(
     for sparsity in sparsities:
         masks = pruned_untrained(dense.model(), dense, data, method, sparsity, scope=scope)
         identity = key(dense.identity, method, scope, sparsity, SCORED_PER_CLASS)
-        tickets.append(_kept(dense, folder, on_ticket, identity=identity, method=method, masks=masks))
+        ticket = replace(dense, identity=identity, method=method, scope=scope, masks=masks)
+        tickets.append(_kept(ticket, folder, on_ticket))
     return tickets
 
 
@@ -171,9 +179,13 @@ def draw_by_masks(
     *,
     seed: int,
     folder: Path,
+    name: str | None = None,
     on_ticket: Callable[[Ticket], None] | None = None,
 ) -> list[Ticket]:
     """Make a ticket of any mask: a file that some other pruner wrote, on our initialisation.
+
+    Results are told apart by the masks' name. Masks of several files that one pruner drew, one for each seed, belong
+    together once they have the same name.
 
     Args:
         data: from `load`.
@@ -181,6 +193,7 @@ def draw_by_masks(
         masks: a file, see `read_masks`.
         seed: of the initialisation.
         folder: for `tickets/`.
+        name: of the masks, or of what drew them. Default: the file's name, and six digits that only these masks have.
         on_ticket: called with the ticket.
 
     Returns:
@@ -193,10 +206,17 @@ def draw_by_masks(
     found = read_masks(masks, dense.model())
     save_ticket(dense, ticket_path(folder, dense))
     kept = {name: mask.flatten().nonzero().flatten().tolist() for name, mask in sorted(found.items())}
-    return [
-        dense,
-        _kept(dense, folder, on_ticket, identity=key(dense.identity, kept), method="file", masks=found),
-    ]
+    source = f"{Path(masks).name} {key(kept)[:6]}" if name is None else " ".join(name.split())
+    if not source:
+        raise LotteryError("the name of the masks is empty: say what drew them, or leave it out")
+    identity = key(dense.identity, kept)
+    ticket = replace(dense, identity=identity, method="file", source=source, masks=found)
+    return [dense, _kept(ticket, folder, on_ticket)]
+
+
+def _check_scope(scope: str) -> None:
+    if scope not in SCOPES:
+        raise LotteryError(f"unknown scope {scope!r}; choose from {', '.join(SCOPES)}")
 
 
 def _check_sparsities(sparsities: Sequence[float]) -> None:
@@ -233,29 +253,33 @@ def _pruned(
     fraction: float,
     folder: Path,
     method: str,
+    scope: str,
     rewind_epoch: int,
 ) -> Ticket:
     """The next ticket: `fraction` of the remaining weights pruned by their final magnitudes, the others rewound."""
+    device = data.mean.device
     if ticket.level == 0:
         at = rewind_epoch or rewinding_epoch(recipe)
         late = _without_masks(trained.weights["rewind"]) if at else {}
-        run = run_key(ticket, Tweaks(), recipe, seed=ticket.seed, rewind_epoch=at)
+        run = run_key(ticket, Tweaks(), recipe, seed=ticket.seed, device=device, rewind_epoch=at)
         ticket = replace(ticket, late=late, late_epoch=at, starts_late=rewind_epoch > 0)
     else:
-        run = run_key(ticket, Tweaks(), recipe, seed=ticket.seed)
-    identity = key(ticket.identity, run, fraction, method, ticket.starts_late)
-    ticket = replace(ticket, method=method, trained=_without_masks(trained.weights["last"]))
-    return _kept(ticket, folder, None, identity=identity, masks=narrowed(ticket, data, fraction))
-
-
-def _kept(
-    ticket: Ticket, folder: Path, on_ticket: Callable[[Ticket], None] | None, *, identity: str, masks: State,
-    method: str | None = None,
-) -> Ticket:  # fmt: skip
-    """A ticket of the next level with these masks, saved."""
-    drawn = replace(
-        ticket, identity=identity, level=ticket.level + 1, masks=masks, method=method or ticket.method
+        run = run_key(ticket, Tweaks(), recipe, seed=ticket.seed, device=device)
+    steps = fraction if method == "imp" else None  # that of one shot is the ticket's sparsity
+    ticket = replace(
+        ticket,
+        identity=key(ticket.identity, run, fraction, method, scope, ticket.starts_late),
+        method=method,
+        scope=scope,
+        drawing=key(computed(recipe, device), steps)[:6],
+        trained=_without_masks(trained.weights["last"]),
     )
+    return _kept(replace(ticket, masks=narrowed(ticket, data, fraction)), folder, None)
+
+
+def _kept(ticket: Ticket, folder: Path, on_ticket: Callable[[Ticket], None] | None) -> Ticket:
+    """The ticket as one of the next level, saved."""
+    drawn = replace(ticket, level=ticket.level + 1)
     save_ticket(drawn, ticket_path(folder, drawn))
     if on_ticket is not None:
         on_ticket(drawn)

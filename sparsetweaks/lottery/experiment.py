@@ -15,7 +15,7 @@ from sparsetweaks.lottery.draw import draw, draw_one_shot
 from sparsetweaks.lottery.grid import Engine, run_all
 from sparsetweaks.lottery.layouts import SPLIT_SEED
 from sparsetweaks.lottery.pools import pool, pool_row
-from sparsetweaks.lottery.results import BASELINE, append_row, read_rows
+from sparsetweaks.lottery.results import BASELINE, append_row, kept_runs
 from sparsetweaks.lottery.spend import row, spend
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import Trained
@@ -101,8 +101,13 @@ def compare(
 
     Returns:
         The rows of this comparison.
+
+    Raises:
+        LotteryError: when another version wrote what is in the folder; and as the stages do.
     """
     total, done, folder = len(experiment.seeds) + experiment.spendings, 0, folder.resolve()
+    csv = folder / "results.csv"
+    known = kept_runs(csv)
     spending: list[Callable[[], dict[str, Any]]] = []
     drawing = [partial(tickets_of, experiment, folder, device, seed, on_epoch) for seed in experiment.seeds]
     for tickets in engine(drawing):
@@ -116,8 +121,7 @@ def compare(
         done += 1
         if on_run is not None:
             on_run(done, total)
-    csv, rows = folder / "results.csv", []
-    known = {(each["run"], each["variant"]) for each in read_rows(csv)}
+    rows = []
     for result in engine(spending):
         if (result["run"], result["variant"]) not in known:
             append_row(csv, result)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsetweaks.lottery.config import LotteryError
 from sparsetweaks.lottery.ranks import leads
 
-FORMAT = 2  # of the files; a reader refuses what it does not know
+FORMAT = 3  # of the files; a reader refuses what it does not know
 LOCK = ".lock"
 State = dict[str, Tensor]
 
@@ -138,7 +138,7 @@ def check_writable(folder: Path) -> None:
     Raises:
         LotteryError: when that is not possible.
     """
-    probe = folder / f".{os.getpid()}.partial"
+    probe = folder / f"probe.{os.getpid()}.partial"  # named as `alone` clears away, should this be killed
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"0")  # a full disk still takes empty files

@@ -60,7 +60,7 @@ def pool(
         LotteryError: when no other ticket is of the same network, initialisation and data.
     """
     neighbours = _neighbours(ticket, tickets)
-    path = folder / f"{pool_key(ticket, tickets, recipe, seed=seed)}.safetensors"
+    path = folder / f"{pool_key(ticket, tickets, recipe, seed=seed, device=data.mean.device)}.safetensors"
     if path.is_file():
         return load_run(path)
     own, *others = (
@@ -100,19 +100,23 @@ def pool_row(
         Values by column.
     """
     told = row(ticket, NAME, Tweaks(), data, recipe, trained, seed=seed)
-    return {**told, "run": pool_key(ticket, tickets, recipe, seed=seed)}
+    return {**told, "run": pool_key(ticket, tickets, recipe, seed=seed, device=data.mean.device)}
 
 
-def pool_key(ticket: Ticket, tickets: Sequence[Ticket], recipe: Recipe, *, seed: int) -> str:
+def pool_key(
+    ticket: Ticket, tickets: Sequence[Ticket], recipe: Recipe, *, seed: int, device: torch.device
+) -> str:
     """The name of an interpolation, made of everything that determines it.
 
     Args:
         ticket, tickets, recipe, seed: as given to `pool`.
+        device: of its data.
 
     Returns:
         16 hexadecimal digits.
     """
-    runs = [run_key(each, Tweaks(), recipe, seed=seed) for each in (ticket, *_neighbours(ticket, tickets))]
+    pooled = (ticket, *_neighbours(ticket, tickets))
+    runs = [run_key(each, Tweaks(), recipe, seed=seed, device=device) for each in pooled]
     return key(NAME, runs, SHARES)
 
 

@@ -71,10 +71,11 @@ def report(folder: Path) -> Path:
 
 
 def _contents(rows: list[dict[str, str]]) -> str:
-    seeds, variants = {row["seed"] for row in rows}, dict.fromkeys(row["variant"] for row in rows)
+    variants = dict.fromkeys(row["variant"] for row in rows)
+    seeds = {row.get("ticket_seed", row["seed"]) for row in rows}
     names = escape(", ".join(variants))
     protocol = "Test accuracies are those of the best epoch in validation."
-    return f"<p>{len(rows)} runs, {len(seeds)} seeds; variants: {names}. {protocol}</p>"
+    return f"<p>{len(rows)} runs of tickets of {len(seeds)} seeds; variants: {names}. {protocol}</p>"
 
 
 def _accuracies(lines: list[dict[str, Any]]) -> str:
@@ -85,13 +86,21 @@ def _accuracies(lines: list[dict[str, Any]]) -> str:
         gain, interval = line["gain"], line["gain_interval"]
         sure = " class='sure'" if gain != "" and interval != "" and abs(gain) > interval else ""
         cells.append(
-            f"<tr><td>{sparse}</td><td>{escape(line['variant'])}</td><td>{line['seeds']}</td>"
+            f"<tr><td>{sparse}</td><td>{escape(line['variant'])}</td><td>{_number_of(line)}</td>"
             f"<td>{_with(line['mean'], line['interval'])}</td><td>{_number(line['deviation'])}</td>"
             f"<td{sure}>{_with(gain, interval, '+')}</td></tr>"
         )
-    head = ("sparsity", "variant", "seeds", "test accuracy, %", "deviation", f"points over {BASELINE}")
+    head = ("sparsity", "variant", "n", "test accuracy, %", "deviation", f"points over {BASELINE}")
     note = "mean ± half of the 95 % t-interval; gains are paired by seed, in bold where the interval leaves out zero"
     return f"{_table(head, cells)}<p>{note}</p>"
+
+
+def _number_of(line: dict[str, Any]) -> str:
+    """What the interval of a line is over: seeds, or trainings of one ticket, or tickets of several trainings."""
+    if line["tickets"] == line["trainings"]:
+        return f"{line['tickets']} seeds" if line["tickets"] > 1 else "1 seed"
+    trainings = f"{line['trainings']} trainings"
+    return f"{trainings} of one ticket" if line["tickets"] == 1 else f"{line['tickets']} tickets, {trainings}"
 
 
 def _costs(rows: list[dict[str, str]]) -> str:
@@ -111,15 +120,23 @@ def _costs(rows: list[dict[str, str]]) -> str:
     ]
     costs: dict[tuple[str, ...], list[str]] = {}  # of the first seed: the others differ by little
     for row in sorted(
-        rows, key=lambda row: (row["architecture"], float(row["sparsity"]), row["variant"], row["seed"])
+        rows,
+        key=lambda row: (
+            row["architecture"],
+            row.get("drawn", ""),
+            float(row["sparsity"]),
+            row["variant"],
+            row["seed"],
+        ),
     ):
-        run = (row["architecture"], row["data"], f"{100 * float(row['sparsity']):.4g} %", row["variant"])
+        sparse = f"{100 * float(row['sparsity']):.4g} %"
+        run = (row["architecture"], row["data"], row.get("drawn", ""), sparse, row["variant"])
         costs.setdefault(run, [row[name] if "." in row[name] else f"{int(row[name]):,}" for name in columns])
     cells = [
         "<tr>" + "".join(f"<td>{escape(value)}</td>" for value in [*run, *numbers]) + "</tr>"
         for run, numbers in costs.items()
     ]
-    head = ["network", "data", "sparsity", "variant", *(name.replace("_", " ") for name in columns)]
+    head = ["network", "data", "drawn", "sparsity", "variant", *(name.replace("_", " ") for name in columns)]
     return _table(head, cells)
 
 

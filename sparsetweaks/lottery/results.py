@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ SUMMARISED = (
     "seed",
     "test",
 )  # columns that `summarise` needs
+OF_TICKETS = ("ticket", "ticket_seed", "drawing")  # columns that rows to be added to must have
 COLOURS = 128  # of a picture
 DRAWN = {
     "imp": "iterative magnitude pruning",
@@ -102,6 +103,32 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return list({(row["run"], row["variant"]): row for row in rows}.values())
 
 
+def kept_runs(path: Path) -> set[tuple[str, str]]:
+    """Which runs have a row already: to be asked before any training, as a file of another version takes no more rows.
+
+    Args:
+        path: of the file, as for `read_rows`.
+
+    Returns:
+        Pairs of run and variant.
+
+    Raises:
+        LotteryError: as `read_rows`, and for rows that do not say which ticket they are of.
+    """
+    rows = read_rows(path)
+    _check_columns(rows, OF_TICKETS)
+    return {(row["run"], row["variant"]) for row in rows}
+
+
+def _check_columns(rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> None:
+    missing = [name for name in columns if any(name not in row for row in rows)]
+    if missing:
+        raise LotteryError(
+            f"these results say no {', '.join(missing)}: another version of sparsetweaks wrote them; choose another folder "
+            "with --out, or move results.csv away and give the command again, which reads its runs back"
+        )
+
+
 def read_table(path: Path) -> list[dict[str, str]]:
     """Read the lines of any CSV file with a header; a last one that was cut off is left out.
 
@@ -125,30 +152,48 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 class Cell(NamedTuple):
-    """Accuracies of one variant at one sparsity, by seed, in percent."""
+    """Accuracies of one variant at one sparsity, by seed, in percent.
 
-    by_seed: dict[int, float]
+    Trainings of one ticket are more alike than those of several: where there are several tickets, the mean of each
+    one's trainings counts once, and only of a single ticket its trainings are what varies.
+    """
+
+    by_seed: dict[Any, float]  # by the seeds of ticket and training, or by one where these are the same
+
+    @property
+    def by_ticket(self) -> dict[int, list[float]]:
+        """What each ticket's trainings came to, by its seed."""
+        found: dict[int, list[float]] = {}
+        for seed, value in self.by_seed.items():
+            found.setdefault(seed[0] if isinstance(seed, tuple) else seed, []).append(value)
+        return found
+
+    @property
+    def sample(self) -> list[float]:
+        """What the mean, the deviation and the interval are of: a number per ticket, or per training of the only one."""
+        tickets = list(self.by_ticket.values())
+        return tickets[0] if len(tickets) == 1 else [sum(each) / len(each) for each in tickets]
 
     @property
     def mean(self) -> float:
-        return sum(self.by_seed.values()) / len(self.by_seed)
+        return sum(self.sample) / len(self.sample)
 
     @property
     def deviation(self) -> float | None:
         """The sample's standard deviation, with n - 1 below; None for a single seed."""
-        count = len(self.by_seed)
+        count = len(self.sample)
         if count < 2:
             return None
-        return math.sqrt(sum((value - self.mean) ** 2 for value in self.by_seed.values()) / (count - 1))
+        return math.sqrt(sum((value - self.mean) ** 2 for value in self.sample) / (count - 1))
 
     @property
     def interval(self) -> float | None:
         """Half the width of the 95 % t-interval of the mean; None for a single seed."""
-        count, deviation = len(self.by_seed), self.deviation
+        count, deviation = len(self.sample), self.deviation
         return None if deviation is None else t_quantile(count - 1) * deviation / math.sqrt(count)
 
     def over(self, other: Cell) -> Cell | None:
-        """The gain over another variant, seed by seed, as both start from the same ticket."""
+        """The gain over another variant, seed by seed: `summarise` sees to it that both start from the same ticket."""
         common = self.by_seed.keys() & other.by_seed.keys()
         return Cell({seed: self.by_seed[seed] - other.by_seed[seed] for seed in common}) if common else None
 
@@ -159,14 +204,18 @@ Summary = dict[float, dict[str, Cell]]  # by sparsity and variant
 def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Summary]:
     """Gather rows that may be compared: same data, network and recipe.
 
+    Tickets that were drawn in other ways are other settings. Within one, a sparsity has one ticket per seed, from which
+    all variants start, and one run per variant and training: no row is ever overwritten by another.
+
     Args:
         rows: from `read_rows`.
 
     Returns:
-        By the setting's title: by sparsity and variant, the test accuracies by seed.
+        By the setting's title: by sparsity and variant, the test accuracies by the seeds of ticket and training.
 
     Raises:
-        LotteryError: for rows of another version, which lack a column.
+        LotteryError: for rows of another version, which lack a column; and for two tickets, or two runs, that nothing in
+            their rows tells apart.
 
     Example:
         >>> row = {"data": "digits", "architecture": "resnet8", "width": 8, "epochs": 2, "image_size": 8, "train_images": 99}
@@ -175,36 +224,70 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Summary]:
         95.0
     """
     rows = list(rows)
-    missing = [name for name in SUMMARISED if any(name not in row for row in rows)]
-    if missing:
-        raise LotteryError(
-            f"these results say no {', '.join(missing)}: another version of sparsetweaks wrote them; choose another folder "
-            "with --out, or move results.csv away and give the command again, which reads its runs back"
+    _check_columns(rows, SUMMARISED)
+    settings: dict[str, Summary] = {}
+    found: dict[tuple[Any, ...], str] = {}  # the ticket of each seed, and the run of each number
+    for title, row in _titled(rows):
+        sparsity, ticket, training = (
+            round(float(row["sparsity"]), 4),
+            int(row.get("ticket_seed", row["seed"])),
+            int(row["seed"]),
         )
+        place = (title, sparsity, ticket)
+        for kind, where in (("ticket", place), ("run", (*place, training, row["variant"]))):
+            _check_alone(kind, found.setdefault(where, row.get(kind, "")), row, title)
+        cell = settings.setdefault(title, {}).setdefault(sparsity, {}).setdefault(row["variant"], Cell({}))
+        cell.by_seed[ticket, training] = 100 * float(row["test"])
+    return settings
+
+
+def _titled(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each row with the title of its setting: how it was drawn always, what else tells it apart where there are several.
+
+    A dense network belongs to all ways in which its sparse ones were drawn.
+    """
     recipes: dict[str, set[str]] = {}  # of each title
-    ways: dict[
-        str, set[str]
-    ] = {}  # how its sparse networks were drawn; the dense one belongs to all of these
+    ways: dict[str, set[tuple[str, str]]] = {}  # of each title and recipe, and in what trainings and steps
     for row in rows:
         recipes.setdefault(_title(row), set()).add(row.get("recipe", ""))
         if float(row["sparsity"]):
-            ways.setdefault(_title(row) + row.get("recipe", ""), set()).add(row.get("drawn", ""))
-    settings: dict[str, Summary] = {}
+            ways.setdefault(_title(row) + row.get("recipe", ""), set()).add(_way(row))
     for row in rows:
         title = _title(row)
         recipe = f", recipe {row['recipe']}" if len(recipes[title]) > 1 else ""
-        own = (
-            {row.get("drawn", "")}
-            if float(row["sparsity"])
-            else ways.get(title + row.get("recipe", ""), {""})
+        of = ways.get(title + row.get("recipe", ""), {("", "")})
+        for drawn, drawing in sorted({_way(row)} if float(row["sparsity"]) else of):
+            several = len([each for each, _ in of if each == drawn]) > 1
+            steps = f" (drawing {drawing or 'unknown'})" if several else ""
+            yield title + (f", {_in_words(drawn)}{steps}" if drawn else "") + recipe, row
+
+
+def _way(row: Mapping[str, Any]) -> tuple[str, str]:
+    return row.get("drawn", ""), row.get("drawing", "")
+
+
+def _in_words(drawn: str) -> str:
+    """How tickets were drawn, for a title.
+
+    Example:
+        >>> _in_words("imp"), _in_words("omp by erk from epoch 2"), _in_words("file a.pt 1f2e3d")
+        ('iterative magnitude pruning', 'one-shot magnitude pruning by erk from epoch 2', 'masks from a.pt 1f2e3d')
+    """
+    method, _, rest = drawn.partition(" ")
+    if method == "file" and rest:
+        return f"masks from {rest}"
+    return " ".join(filter(None, (DRAWN.get(method, method), rest)))
+
+
+def _check_alone(kind: str, before: str, row: Mapping[str, Any], title: str) -> None:
+    """Two of a kind in one place would overwrite each other, or be compared as if they were one."""
+    if before != row.get(kind, ""):
+        sparse = f"{100 * float(row['sparsity']):.4g} % sparse, seed {row['seed']}, {row['variant']}"
+        raise LotteryError(
+            f"two {kind}s in one cell, {before or 'unknown'} and {row.get(kind) or 'unknown'} ({title}; {sparse}): "
+            f"nothing in their rows tells them apart. Remove those of one from results.csv (column {kind!r}), and spend it "
+            "into a folder of its own with --out; masks from elsewhere are told apart by draw --masks-name"
         )
-        for drawn in sorted(own):
-            way = f", {DRAWN.get(drawn, drawn)}" if drawn else ""
-            cells = settings.setdefault(title + way + recipe, {}).setdefault(
-                round(float(row["sparsity"]), 4), {}
-            )
-            cells.setdefault(row["variant"], Cell({})).by_seed[int(row["seed"])] = 100 * float(row["test"])
-    return settings
 
 
 def _title(row: Mapping[str, Any]) -> str:
@@ -244,10 +327,12 @@ def statistics(rows: Iterable[Mapping[str, Any]], *, over: str = BASELINE) -> li
                         "setting": title,
                         "sparsity": sparsity,
                         "variant": name,
-                        "seeds": len(cells[name].by_seed),
+                        "seeds": len(cells[name].sample),
+                        "tickets": len(cells[name].by_ticket),
+                        "trainings": len(cells[name].by_seed),
                         **_numbers("", cells[name]),
                         "over": "" if gain is None else over,
-                        "pairs": "" if gain is None else len(gain.by_seed),
+                        "pairs": "" if gain is None else len(gain.sample),
                         **_numbers("gain_", gain),
                     }
                 )
@@ -297,10 +382,40 @@ def table(summary: Summary, *, over: str = BASELINE) -> str:
         if over in cells and len(cells) > 1:
             gained = [cells[name].over(cells[over]) if name in cells else None for name in gains[0][1:]]
             gains.append([title, *(_text(cell, "+") for cell in gained)])
-    seeds = sorted({len(cell.by_seed) for cells in summary.values() for cell in cells.values()})
-    count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    note = f"mean ± half of the 95 % t-interval over {count} seeds; gains are paired by seed"
+    count = counted([cell for cells in summary.values() for cell in cells.values()])
+    note = f"mean ± half of the 95 % t-interval over {count}; gains are paired by seed"
     return "\n\n".join([grid_of(lines), *([grid_of(gains)] if len(gains) > 1 else []), note])
+
+
+def counted(cells: Sequence[Cell]) -> str:
+    """What the intervals of some cells are over, in words.
+
+    Args:
+        cells: at least one.
+
+    Returns:
+        Seeds, where every ticket was trained once; else tickets and their trainings.
+
+    Example:
+        >>> counted([Cell({0: 1.0, 1: 2.0}), Cell({0: 1.0})])
+        '1 to 2 seeds'
+        >>> counted([Cell({(0, 5): 1.0, (0, 6): 2.0})])
+        '2 trainings of one ticket'
+        >>> counted([Cell({(0, 5): 1.0, (0, 6): 2.0, (1, 5): 3.0, (1, 6): 4.0})])
+        '2 tickets (the means of 2 trainings of each)'
+    """
+    tickets = {len(cell.by_ticket) for cell in cells}
+    each = {len(values) for cell in cells for values in cell.by_ticket.values()}
+    if each == {1}:
+        return f"{_range(tickets)} seeds"
+    if tickets == {1}:
+        return f"{_range(each)} trainings of one ticket"
+    return f"{_range(tickets)} tickets (the means of {_range(each)} trainings of each)"
+
+
+def _range(counts: Collection[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def plot(settings: Mapping[str, Summary], path: Path) -> None:
@@ -415,8 +530,9 @@ def _panel(accuracies: Any, gains: Any, title: str, summary: Summary) -> None:
     low, high = accuracies.get_ylim()
     accuracies.set_ylim(max(low, -0.5), min(high, 100.5))  # an interval may reach beyond what can be
     handles, labels = accuracies.get_legend_handles_labels()
+    number = counted([cell for cells in summary.values() for cell in cells.values()])
     place_below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 5}
-    gains.legend(handles, labels, title="mean and 95 % interval over seeds", frameon=False, **place_below)
+    gains.legend(handles, labels, title=f"mean and 95 % interval over {number}", frameon=False, **place_below)
 
 
 def appearance(name: str, place: int) -> tuple[str, str]:

@@ -111,7 +111,7 @@ def _look(
     experiment: Experiment, folder: Path, device: str, measure: str, ticket: Ticket, name: str, epoch: int
 ) -> Look:
     tweaks, recipe, function = experiment.tweaks(name), experiment.recipe, MEASURES[measure]
-    run = run_key(ticket, tweaks, recipe, seed=ticket.seed)
+    run = run_key(ticket, tweaks, recipe, seed=ticket.seed, device=torch.device(device))
     identity = key(measure, defaults_of(function), run, epoch)
     path = folder / "analyses" / f"{measure}-{identity}.safetensors"
     if not path.is_file():

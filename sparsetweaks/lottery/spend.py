@@ -18,7 +18,7 @@ from sparsetweaks.lottery import ranks
 from sparsetweaks.lottery.config import LotteryError, Recipe, Tweaks, key
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.store import Ticket
-from sparsetweaks.lottery.train import Trained, computes_in_bfloat16, load_trained, train
+from sparsetweaks.lottery.train import Trained, load_trained, precision_of, train
 from sparsetweaks.lottery.tweaking import tweaked
 from sparsetweaks.recipe.labels import distillation_loss
 from sparsetweaks.recipe.layer_scales import learn_layer_scales
@@ -70,7 +70,9 @@ def spend(
         )
     if rewind_epoch is None:
         rewind_epoch = 0 if ticket.level else rewinding_epoch(recipe)
-    path = folder / f"{run_key(ticket, tweaks, recipe, seed=seed, rewind_epoch=rewind_epoch)}.safetensors"
+    device = data.mean.device
+    run = run_key(ticket, tweaks, recipe, seed=seed, device=device, rewind_epoch=rewind_epoch)
+    path = folder / f"{run}.safetensors"
     kept = ranks.from_leader(lambda: load_run(path) if path.is_file() else None)
     if kept is not None and kept.test is not None and not kept.lacks(keep_epochs):
         return kept
@@ -83,7 +85,7 @@ def spend(
     note = {
         **counts,
         "prepare_seconds": time.perf_counter() - started,
-        **surroundings(recipe, data.mean.device),
+        **surroundings(recipe, device),
     }
     return train(
         model,
@@ -140,15 +142,25 @@ def rewinding_epoch(recipe: Recipe) -> int:
 
 
 def run_key(
-    ticket: Ticket, tweaks: Tweaks, recipe: Recipe, *, seed: int, rewind_epoch: int | None = None
+    ticket: Ticket,
+    tweaks: Tweaks,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: torch.device,
+    rewind_epoch: int | None = None,
 ) -> str:
     """The name of a run, made of everything that determines it.
+
+    Of the device that is what it computes in: a folder that moves to a machine where "auto" means something else holds
+    both kinds of runs, each under its own name.
 
     Args:
         ticket: what is retrained.
         tweaks: with what changes.
         recipe: and how.
         seed: of the training.
+        device: to train on.
         rewind_epoch: see `spend`.
 
     Returns:
@@ -165,7 +177,20 @@ def run_key(
         options["distillation"] = [taught["temperature"], taught["weight"]]
     if tweaks.averaging:
         options["averaging"] = AVERAGING
-    return key(ticket.identity, options, recipe, seed, rewind_epoch)
+    return key(ticket.identity, options, computed(recipe, device), seed, rewind_epoch)
+
+
+def computed(recipe: Recipe, device: torch.device) -> Recipe:
+    """A recipe with the precision that it is really computed in, for whatever is keyed by it.
+
+    Args:
+        recipe: whose precision may be "auto".
+        device: to compute on.
+
+    Returns:
+        The recipe with "float32" or "bfloat16".
+    """
+    return replace(recipe, precision=precision_of(recipe, device))
 
 
 def row(
@@ -185,20 +210,24 @@ def row(
     Returns:
         Values by column.
     """
+    device = data.mean.device
     return {
-        "run": run_key(ticket, tweaks, recipe, seed=seed),
+        "run": run_key(ticket, tweaks, recipe, seed=seed, device=device),
         "data": data.name,
         "train_images": len(data.train),
         "image_size": data.train.images.shape[-1],
         "architecture": ticket.network.name,
         "width": ticket.network.width or "",
         "drawn": ticket.drawn,
+        "drawing": ticket.drawing,
+        "ticket": ticket.identity,
+        "ticket_seed": ticket.seed,
         "level": ticket.level,
         "sparsity": round(ticket.sparsity, 6),
         "variant": name,
         "seed": seed,
         "epochs": recipe.epochs,
-        "recipe": key(recipe)[:6],
+        "recipe": key(computed(recipe, device))[:6],
         "validation": round(trained.validation, 6),
         "test": round(trained.test or 0.0, 6),
         "best_epoch": trained.best_epoch,
@@ -224,7 +253,7 @@ def surroundings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     if ranks.count() > 1:
         hardware = f"{ranks.count()} x {hardware}"
     return {
-        "precision": "bfloat16" if computes_in_bfloat16(recipe, device) else "float32",
+        "precision": precision_of(recipe, device),
         "compiled": recipe.compile,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -276,5 +305,16 @@ def _dense_network(
 
 
 def _title(ticket: Ticket, name: str, seed: int) -> str:
-    sparse = f"level {ticket.level}, {100 * ticket.sparsity:.1f} % sparse" if ticket.level else "dense"
-    return f"{ticket.network.name} on {ticket.data}, seed {seed}, {sparse}, {name}"
+    level = f"{ticket.drawn}, level {ticket.level}, {100 * ticket.sparsity:.1f} % sparse"
+    sparse = level if ticket.level else "dense"
+    return f"{ticket.network.name} on {ticket.data}, {seeds_of(ticket.seed, seed)}, {sparse}, {name}"
+
+
+def seeds_of(ticket: int, training: int) -> str:
+    """The seed of a ticket and that of a training of it, in words.
+
+    Example:
+        >>> seeds_of(0, 0), seeds_of(0, 7)
+        ('seed 0', 'ticket of seed 0, seed 7')
+    """
+    return f"seed {training}" if ticket == training else f"ticket of seed {ticket}, seed {training}"

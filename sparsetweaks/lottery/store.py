@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from sparsetweaks.lottery.models import build
 from sparsetweaks.masks import apply_masks
 
 TENSORS = ("masks", "initial", "late", "trained")
+UNDRAWN: dict[str, Any] = {
+    "level": 0, "method": "none", "scope": "global", "source": "", "drawing": "", "late_epoch": 0, "starts_late": False,
+}  # of a dense ticket's header  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,11 @@ class Ticket:
     seed: int
     level: int  # 0 is dense
     method: (
-        str  # what chose the masks: "magnitude", another of `prune`'s, "file", or "none" where there are none
+        str  # what chose the masks: "imp", "omp", another of `prune`'s, "file"; "none" where there are none
     )
+    scope: str  # how many weights each layer kept, as `prune` says it; "global" where there are no masks
+    source: str  # the name of masks from elsewhere, for the tables; "" for our own
+    drawing: str  # a short `key` of how it was drawn beyond that: by what training, in what steps; may be ""
     late_epoch: int  # of the dense training, whose weights are `late`; 0 where there are none
     starts_late: bool  # whether the ticket starts from them, or from the initial weights
     masks: State = field(repr=False)  # True = kept
@@ -54,7 +61,9 @@ class Ticket:
     @property
     def drawn(self) -> str:
         """How it was drawn, in words that tell it from others of its sparsity."""
-        return f"{self.method} from epoch {self.late_epoch}" if self.starts_late else self.method
+        shares = "" if self.scope == "global" else f"by {self.scope}"
+        late = f"from epoch {self.late_epoch}" if self.starts_late else ""
+        return " ".join(filter(None, (self.method, self.source, shares, late)))
 
     def weights(self, start: str = "ticket") -> State:
         """The dense network's weights to start from: the ticket's own choice, `late` or `trained`."""
@@ -84,8 +93,7 @@ class Ticket:
     def dense(self) -> Ticket:
         """Level 0 of the same network, data and seed."""
         identity = key(self.network, self.fingerprint, self.seed)
-        none: dict[str, Any] = {"level": 0, "method": "none", "late_epoch": 0, "starts_late": False}
-        return replace(self, identity=identity, masks={}, late={}, trained={}, **none)
+        return replace(self, identity=identity, masks={}, late={}, trained={}, **UNDRAWN)
 
 
 HEADER = tuple(
@@ -114,7 +122,7 @@ def dense_ticket(network: Network, data: Data, *, seed: int) -> Ticket:
     initial = build(network, channels=data.channels, classes=classes, seed=seed).state_dict()
     identity = key(network, data.fingerprint, seed)
     where = (identity, network, data.channels, classes, data.name, data.fingerprint, seed)
-    return Ticket(*where, 0, "none", 0, False, masks={}, initial=initial, late={}, trained={})
+    return Ticket(*where, **UNDRAWN, masks={}, initial=initial, late={}, trained={})
 
 
 def ticket_path(folder: Path, ticket: Ticket) -> Path:
@@ -127,7 +135,10 @@ def ticket_path(folder: Path, ticket: Ticket) -> Path:
     Returns:
         The path of its file.
     """
-    method = "" if ticket.method == "none" else f"-{ticket.drawn.replace(' ', '-')}"
+    words = re.sub(r"[^\w.+-]+", "-", ticket.drawn).strip("-")[
+        :80
+    ]  # masks from elsewhere may be called anything
+    method = "" if ticket.method == "none" else f"-{words}"
     name = f"{ticket.network.slug}-{ticket.data}{method}-seed{ticket.seed}-level{ticket.level:02d}"
     return folder / "tickets" / f"{name}-{ticket.sparsity:.4f}-{ticket.identity}.safetensors"
 

@@ -340,6 +340,23 @@ def computes_in_bfloat16(recipe: Recipe, device: torch.device) -> bool:
     return device.type == "cpu" and any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def precision_of(recipe: Recipe, device: torch.device) -> str:
+    """What a recipe is computed in on a device, in the words of its `precision`: never "auto".
+
+    Args:
+        recipe: with its `precision`.
+        device: to compute on.
+
+    Returns:
+        "bfloat16" or "float32".
+
+    Example:
+        >>> precision_of(Recipe(precision="float32"), torch.device("cpu"))
+        'float32'
+    """
+    return "bfloat16" if computes_in_bfloat16(recipe, device) else "float32"
+
+
 def load_trained(checkpoint: Path) -> Trained:
     """Read what a training has come to.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from sparsetweaks.lottery.config import LotteryError, Recipe, Tweaks
 from sparsetweaks.lottery.data import Data, batches
 from sparsetweaks.lottery.files import State
 from sparsetweaks.lottery.store import Ticket
-from sparsetweaks.lottery.train import SEED_STRIDE, computes_in_bfloat16
+from sparsetweaks.lottery.train import SEED_STRIDE
 from sparsetweaks.masks import apply_masks, find_masks
 from sparsetweaks.prunable import prunable_weights
 from sparsetweaks.pruning import prune
@@ -40,7 +41,7 @@ def tweaked(
         ticket: with its masks; a dense one (level 0) pays nothing.
         tweaks: to make.
         data: to learn the layer scales on.
-        recipe: for the batches of the layer scales.
+        recipe: for the size of the batches that the layer scales are learned on, in float32 whatever its precision.
         seed: of those batches.
 
     Returns:
@@ -65,8 +66,8 @@ def tweaked(
         loss = SoftLabelLoss(tweaks.smoothing, tweaks.smoothing_form)
 
     def scale(model: nn.Module) -> nn.Module:
-        with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(recipe, device)):
-            return learn_layer_scales(model, _endless(data, recipe, seed), loss=loss, **(tweaks.scales or {}))
+        """In float32 whatever the training computes in: bfloat16 moves the scales by half of what is learned."""
+        return learn_layer_scales(model, _endless(data, recipe, seed), loss=loss, **(tweaks.scales or {}))
 
     if tweaks.scales is not None and tweaks.scales_on == "dense":
         model = scale(model)
@@ -79,6 +80,8 @@ def tweaked(
 
 def narrowed(ticket: Ticket, data: Data, fraction: float) -> State:
     """A ticket's masks without a fraction of what they keep: the least important, by what chose them.
+
+    Each layer gives as the ticket's scope says: with "layer" the same fraction of its own, rounded.
 
     Args:
         ticket: whose masks; without any, all its prunable weights.
@@ -93,8 +96,10 @@ def narrowed(ticket: Ticket, data: Data, fraction: float) -> State:
         masked = (
             list(ticket.masks) or None
         )  # masks from elsewhere may be of other weights than we would choose
-        return find_masks(prune(scored, fraction, of="remaining", include=masked))
-    return pruned_untrained(ticket.model(), ticket, data, ticket.method, fraction, of="remaining")
+        return find_masks(prune(scored, fraction, of="remaining", include=masked, scope=ticket.scope))  # type: ignore[arg-type]
+    return pruned_untrained(
+        ticket.model(), ticket, data, ticket.method, fraction, of="remaining", scope=ticket.scope
+    )
 
 
 def pruned_untrained(
@@ -146,7 +151,30 @@ def _paying(ticket: Ticket, count: int, data: Data) -> State:
             f"the skips add {count} parameters, and only {ticket.nonzeros} weights survive to pay for them: "
             'choose skips that add fewer, such as shortcut="pad", or compare without matching (+unmatched)'
         )
-    return narrowed(ticket, data, count / ticket.nonzeros)
+    if ticket.scope != "layer":
+        return narrowed(ticket, data, count / ticket.nonzeros)
+    share = _share_of_each([int(mask.sum()) for mask in ticket.masks.values()], count)
+    paid = replace(ticket, masks=narrowed(ticket, data, share))
+    rest = count - (ticket.nonzeros - paid.nonzeros)  # fewer than layers: what rounding leaves to pay
+    if not rest:
+        return paid.masks
+    return narrowed(replace(paid, scope="global"), data, rest / paid.nonzeros)
+
+
+def _share_of_each(sizes: Sequence[int], count: int) -> float:
+    """The largest fraction of each size, each rounded, that takes no more than `count` in all.
+
+    Example:
+        >>> share = _share_of_each([100, 10], 20)
+        >>> round(100 * share), round(10 * share)
+        (18, 2)
+    """
+    low, high = 0.0, 1.0
+    for _ in range(50):  # of halving: to the last bit that matters
+        middle = (low + high) / 2
+        taken = sum(round(middle * size) for size in sizes)
+        low, high = (middle, high) if taken <= count else (low, middle)
+    return low
 
 
 def _added(model: nn.Module) -> int:

@@ -95,8 +95,8 @@ def test_the_demo_ends_with_table_rows_and_picture(monkeypatch, tmp_path: Path, 
 
 
 def test_tickets_without_training_and_of_masks_from_elsewhere(monkeypatch, tmp_path: Path, capsys) -> None:
-    draw = ["draw", "--model", "resnet8", "--width", "4", "--limit", 20, "--sparsity", 0.5, "--out", tmp_path]
-    assert run(monkeypatch, *draw, "--method", "synflow") == 0
+    draw = ["draw", "--model", "resnet8", "--width", "4", "--limit", 20, "--out", tmp_path]
+    assert run(monkeypatch, *draw, "--method", "synflow", "--sparsity", 0.5) == 0
     ticket = capsys.readouterr().out.split()[1]
     assert "synflow" in Path(ticket).name
     masks = tmp_path / "masks"
@@ -107,10 +107,106 @@ def test_tickets_without_training_and_of_masks_from_elsewhere(monkeypatch, tmp_p
     spend = ["spend", same, ticket, "--variant", "vanilla", *SMALL[4:], "--out", tmp_path]
     assert run(monkeypatch, *spend) == 0
     printed = capsys.readouterr().out
-    assert "masks from a file" in printed
+    assert "masks from masks " in printed
     assert "synflow" in printed
     assert run(monkeypatch, "report", tmp_path) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+
+
+def test_masks_that_differ_are_compared_and_not_mixed(monkeypatch, tmp_path: Path, capsys) -> None:
+    """Any mask, compared: two files and two scopes at one sparsity and one seed are four networks, four numbers."""
+    draw = ["draw", "--model", "resnet8", "--width", "4", "--limit", 20, "--out", tmp_path]
+    tickets, dense = [], None
+    for scope in ("global", "layer"):
+        assert run(monkeypatch, *draw, "--method", "random", "--sparsity", 0.8, "--scope", scope) == 0
+        dense, ticket = capsys.readouterr().out.split()
+        save_file(load_ticket(ticket).masks, tmp_path / f"{scope}.masks")
+        assert run(monkeypatch, *draw, "--masks", tmp_path / f"{scope}.masks") == 0
+        tickets += [ticket, capsys.readouterr().out.split()[1]]
+    spend = [
+        "spend",
+        dense,
+        *tickets,
+        *SMALL[4:],
+        "--variant",
+        "vanilla",
+        "--variant",
+        "swish",
+        "--out",
+        tmp_path,
+        "--tensorboard",
+    ]
+    assert run(monkeypatch, *spend) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("the dense network is trained as vanilla alone, without swish") == 1
+    rows = read_rows(tmp_path / "results.csv")
+    assert len(rows) == 1 + 4 * 2
+    assert len({row["ticket"] for row in rows}) == 5
+    shown = re.findall(r"^\| 80 % sparse +\| ([\d.]+) +\| ([\d.]+) ", captured.out, flags=re.MULTILINE)
+    ours = {
+        tuple(f"{100 * float(row['test']):.1f}" for row in rows if row["ticket"] == ticket and row["variant"] == name)
+        for ticket in {row["ticket"] for row in rows if row["variant"] == "swish"} for name in ("vanilla", "swish")
+    }  # fmt: skip
+    assert len(shown) == 4
+    assert {(number,) for pair in shown for number in pair} == ours
+    for title in (
+        "random",
+        "random by layer",
+        r"masks from global.masks \w{6}",
+        r"masks from layer.masks \w{6}",
+    ):
+        assert re.search(rf"epochs\), {title}$", captured.out, flags=re.MULTILINE)
+    assert run(monkeypatch, "report", tmp_path) == 0
+    costs = (tmp_path / "report.html").read_text().partition("What each run cost")[2]
+    assert costs.count("<td>swish</td>") == 4  # a line for each, as their sizes may differ
+    assert len(list(tmp_path.glob("events/*"))) == 1 + 4 * 2
+
+
+def test_trainings_of_several_tickets_are_told_from_those_of_one(monkeypatch, tmp_path: Path, capsys) -> None:
+    draw = [
+        "draw",
+        "--model",
+        "resnet8",
+        "--width",
+        "4",
+        "--limit",
+        20,
+        "--method",
+        "random",
+        "--sparsity",
+        0.5,
+    ]
+    tickets = []
+    for seed in (0, 1):
+        assert run(monkeypatch, *draw, "--seed", seed, "--out", tmp_path) == 0
+        tickets.append(capsys.readouterr().out.split()[1])
+    spend = ["spend", *SMALL[4:], "--variant", "vanilla", "--seed", 7, "--seed", 8, "--out", tmp_path]
+    assert run(monkeypatch, *spend, tickets[0]) == 0
+    assert "over 2 trainings of one ticket" in capsys.readouterr().out
+    assert run(monkeypatch, *spend, tickets[1]) == 0
+    captured = capsys.readouterr()
+    assert "over 2 tickets (the means of 2 trainings of each)" in captured.out
+    assert "vanilla, ticket of seed 1, seed 8: " in captured.err
+    rows = read_rows(tmp_path / "results.csv")
+    assert [(row["ticket_seed"], row["seed"]) for row in rows] == [
+        ("0", "7"),
+        ("0", "8"),
+        ("1", "7"),
+        ("1", "8"),
+    ]
+    assert run(monkeypatch, "report", tmp_path) == 0
+    assert "<td>2 tickets, 4 trainings</td>" in (tmp_path / "report.html").read_text()
+
+
+def test_the_scope_of_magnitudes_is_honoured(monkeypatch, tmp_path: Path, capsys) -> None:
+    shares = {}
+    for scope in ("global", "layer", "erk"):
+        words = [*SMALL, "--sparsity", 0.8, "--scope", scope, "--out", tmp_path]
+        assert run(monkeypatch, "draw", *words) == 0
+        ticket = load_ticket(capsys.readouterr().out.split()[1])
+        assert ticket.scope == scope
+        shares[scope] = tuple(int(mask.sum()) for mask in ticket.masks.values())
+    assert len(set(shares.values())) == 3
 
 
 def test_pools_by_the_command_line(monkeypatch, tmp_path: Path, capsys) -> None:
@@ -153,6 +249,23 @@ def test_a_figure_by_the_command_line(monkeypatch, tmp_path: Path, capsys) -> No
         (["draw", "--model", "lenet"], 1, "unknown network 'lenet'"),
         (["draw", "--method", "snip"], 1, "say to which --sparsity"),
         (["draw", "--masks", "nowhere"], 1, "nowhere does not exist"),
+        (
+            ["draw", "--masks", "a", "--method", "snip", "--sparsity", "0.5", "--scope", "erk"],
+            1,
+            "--masks brings the masks: leave out --method, --scope, --sparsity",
+        ),
+        (["draw", "--masks", "a", "--levels", "2"], 1, "--masks brings the masks: leave out --levels"),
+        (["draw", "--masks-name", "a"], 1, "--masks-name is for --masks: leave out --masks-name"),
+        (
+            ["draw", "--sparsity", "0.5", "--levels", "2", "--fraction", "0.2"],
+            1,
+            "--sparsity prunes in one shot: leave out --fraction, --levels",
+        ),
+        (
+            ["draw", "--method", "snip", "--sparsity", "0.5", "--levels", "16", "--rewind-epoch", "1"],
+            1,
+            "--method snip prunes once and trains nothing: leave out --levels, --rewind-epoch",
+        ),
         (["reproduce", "3"], 1, "unknown figure '3'; choose from 1a"),
         (["reproduce", "4a", "--preset", "paper"], 1, "needs --data"),
         (["reproduce", "4a", "--device", "cuda:99"], 1, "cannot train on the device 'cuda:99'"),

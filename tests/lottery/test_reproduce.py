@@ -335,7 +335,7 @@ def test_the_report_is_one_page_with_everything(small: None, tmp_path: Path) -> 
     for name in ("torch", "hardware", "recipe"):
         assert rows[0][name] in page.text
     assert '{"command": "<script>"}' in page.text  # as text, not as a script
-    assert len(re.findall(r"\d\d\.\d\d ± \d", page.text)) == 1 + 4
+    assert len(re.findall(r"2 seeds\d+\.\d\d ± \d", page.text)) == 1 + 4
 
 
 def test_a_folder_without_results_has_no_report(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from sparsetweaks.lottery.config import LotteryError
+from sparsetweaks.lottery.config import LotteryError, Network, Recipe
+from sparsetweaks.lottery.experiment import Experiment, Source, compare
 from sparsetweaks.lottery.grid import run_all
 from sparsetweaks.lottery.results import (
     Cell,
     append_row,
+    kept_runs,
     plot,
     read_rows,
     statistics,
@@ -209,3 +211,112 @@ def test_tickets_drawn_in_different_ways_are_not_mixed_and_share_the_dense_netwo
 def test_recipes_that_differ_are_not_mixed() -> None:
     settings = summarise([{**each, "recipe": recipe} for recipe in ("aaa", "bbb") for each in ROWS])
     assert [title.rpartition(", ")[2] for title in settings] == ["recipe aaa", "recipe bbb"]
+
+
+# ------------------------------------------------------------------------------------- tickets that are not alike
+
+
+def spent(
+    variant: str, ticket: str, seeds: tuple[int, int], test: float, **more: object
+) -> dict[str, object]:
+    """A row of a ticket with a seed of its own."""
+    told = {"ticket": ticket, "ticket_seed": seeds[0], "run": f"{ticket}{seeds}{variant}", "drawn": "random"}
+    return {**row(variant, 0.8, seeds[1], test), **told, **more}
+
+
+def test_two_tickets_never_share_a_cell() -> None:
+    one, other = spent("vanilla", "aaa", (0, 0), 0.9), spent("vanilla", "bbb", (0, 0), 0.5)
+    with pytest.raises(
+        LotteryError, match=r"two tickets in one cell, aaa and bbb .*80 % sparse, seed 0, vanilla"
+    ):
+        summarise([one, other])
+    with pytest.raises(
+        LotteryError, match="two tickets in one cell"
+    ):  # nor a row, though nothing is overwritten
+        summarise([one, spent("AT", "bbb", (0, 0), 0.5)])
+    with pytest.raises(LotteryError, match="two tickets in one cell"):
+        summarise([one, spent("vanilla", "bbb", (0, 1), 0.5)])
+    with pytest.raises(LotteryError, match=r"two runs in one cell, x and y .*--out"):
+        summarise([{**one, "run": "x"}, {**one, "run": "y"}])
+
+
+@pytest.mark.parametrize(
+    ("told", "titles"),
+    [
+        (("drawn", "random", "random by erk"), ["random", "random by erk"]),
+        (
+            ("drawn", "file a.pt 123456", "file b.pt 654321"),
+            ["masks from a.pt 123456", "masks from b.pt 654321"],
+        ),
+        (("drawing", "abc123", "def456"), ["random (drawing abc123)", "random (drawing def456)"]),
+    ],
+)
+def test_tickets_that_say_what_they_are_are_kept_apart(told: tuple, titles: list[str]) -> None:
+    name, *values = told
+    rows = [
+        spent("vanilla", value, (0, 0), 0.5 + at / 10, **{name: value}) for at, value in enumerate(values)
+    ]
+    dense = {
+        **row("vanilla", 0.0, 0, 0.9),
+        "drawn": "none",
+        "drawing": "",
+        "ticket": "dense",
+        "ticket_seed": 0,
+    }
+    settings = summarise([*rows, dense])
+    assert [title.rpartition("), ")[2] for title in settings] == titles
+    means = [summary[0.8]["vanilla"].mean for summary in settings.values()]
+    assert means == pytest.approx([50, 60])
+    assert all(summary[0.0]["vanilla"].mean == 90 for summary in settings.values())
+    assert len(statistics([*rows, dense])) == 4
+
+
+def test_trainings_are_paired_by_ticket_and_seed() -> None:
+    """Tickets of two seeds, each trained with three: no number is lost, and each gain is of one ticket."""
+    base = {(ticket, seed): 0.5 + ticket / 10 + seed / 100 for ticket in (0, 1) for seed in (7, 8, 9)}
+    gains = {0: 0.02, 1: 0.04}
+    rows = [spent("vanilla", f"t{seeds[0]}", seeds, test) for seeds, test in base.items()]
+    rows += [spent("AT", f"t{seeds[0]}", seeds, test + gains[seeds[0]]) for seeds, test in base.items()]
+    (summary,) = summarise(rows).values()
+    vanilla, tweaked = summary[0.8]["vanilla"], summary[0.8]["AT"]
+    assert len(vanilla.by_seed) == 6
+    assert vanilla.mean == pytest.approx(63)
+    gain = tweaked.over(vanilla)
+    assert gain is not None
+    assert gain.sample == pytest.approx([2, 4])  # a ticket's trainings are no independent sample
+    assert gain.interval == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2))
+    assert "over 2 tickets (the means of 3 trainings of each)" in table(summary)
+    told = {line["variant"]: line for line in statistics(rows)}["AT"]
+    assert [told[name] for name in ("seeds", "tickets", "trainings", "pairs")] == [2, 2, 6, 2]
+
+
+def test_trainings_of_one_ticket_are_called_so() -> None:
+    rows = [spent("vanilla", "t", (0, seed), 0.5 + seed / 100) for seed in (0, 1, 2)]
+    (summary,) = summarise(rows).values()
+    assert "over 3 trainings of one ticket" in table(summary)
+    assert summary[0.8]["vanilla"].interval == pytest.approx(4.303 * 1 / math.sqrt(3))
+    (line,) = statistics(rows)
+    assert (line["seeds"], line["tickets"], line["trainings"]) == (3, 1, 3)
+
+
+def test_rows_of_another_version_are_found_before_the_training(tmp_path: Path) -> None:
+    for each in ROWS[:2]:
+        append_row(tmp_path / "results.csv", each)
+    with pytest.raises(LotteryError, match=r"say no ticket, .* another version of sparsetweaks wrote them"):
+        kept_runs(tmp_path / "results.csv")
+    experiment = Experiment(
+        ("vanilla",), Source("digits"), Network("resnet8", 4), Recipe(epochs=1), 1, 0.5, (0,)
+    )
+    with pytest.raises(LotteryError, match=r"say no ticket, .* move results.csv away"):
+        compare(experiment, tmp_path, on_epoch=lambda _: pytest.fail("it trained"))
+    new = {**ROWS[0], "ticket": "a", "ticket_seed": 0, "drawing": ""}
+    append_row(tmp_path / "new.csv", new)
+    assert kept_runs(tmp_path / "new.csv") == {(new["run"], "vanilla")}
+
+
+def test_rows_from_before_tickets_had_names_are_read() -> None:
+    """Those that are committed, of one ticket and one training per seed."""
+    (summary,) = summarise(
+        [{key: value for key, value in each.items() if key != "run"} for each in ROWS]
+    ).values()
+    assert "over 3 seeds" in table(summary)

@@ -195,6 +195,20 @@ def test_what_dead_processes_left_half_written_is_cleared_away(tmp_path: Path) -
     assert left == [f"a.safetensors.{os.getpid()}.partial"]
 
 
+def test_a_probe_that_was_left_behind_is_cleared_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "getpid", lambda: dead.pid)
+        killed.setattr(Path, "unlink", lambda *_, **__: None)
+        files.check_writable(tmp_path)
+    assert len(list(tmp_path.glob("*.partial"))) == 1
+    with files.alone(tmp_path):
+        assert not list(tmp_path.glob("*.partial"))
+
+
 # -------------------------------------------------------------------------------------------------- a full disk
 
 

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from sparsetweaks.lottery.config import VARIANTS, LotteryError, Network, Recipe, Tweaks, variant
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.draw import UNTRAINED, draw, draw_by_masks, draw_one_shot, draw_untrained
-from sparsetweaks.lottery.files import check_writable
+from sparsetweaks.lottery.files import FORMAT, check_writable
 from sparsetweaks.lottery.models import build
 from sparsetweaks.lottery.pools import pool, pool_row
 from sparsetweaks.lottery.spend import row, run_key, spend, tweaked
 from sparsetweaks.lottery.store import Ticket, dense_ticket, load_ticket, save_ticket, ticket_path
 from sparsetweaks.masks import find_masks
+from sparsetweaks.pruning import erk_budgets
 from sparsetweaks.surgery.skips import inject_skips
 
 NETWORK = Network("resnet8", width=4)
@@ -187,7 +188,9 @@ def test_broken_and_foreign_files_are_named(
 
 def test_a_training_is_no_ticket(digits: Data, tickets: list[Ticket], tmp_path: Path) -> None:
     spend(tickets[1], Tweaks(), digits, RECIPE, seed=0, folder=tmp_path)
-    with pytest.raises(LotteryError, match="holds: training, format 2; wanted: ticket, format 2"):
+    with pytest.raises(
+        LotteryError, match=f"holds: training, format {FORMAT}; wanted: ticket, format {FORMAT}"
+    ):
         load_ticket(next(tmp_path.iterdir()))
 
 
@@ -201,6 +204,22 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LotteryError, match=r"cannot write to .*file/runs"):
         check_writable(tmp_path / "file" / "runs")
+
+
+def test_files_of_another_version_are_not_taken_up(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of format 2, whose tickets said no scope and whose scales were learned in bfloat16."""
+    with monkeypatch.context() as before:
+        before.setattr("sparsetweaks.lottery.files.FORMAT", 2)
+        ticket = draw(digits, NETWORK, RECIPE, seed=0, folder=tmp_path, levels=1)[1]
+    message = (
+        "holds: {0}, format 2; wanted: {0}, format 3\\. If another version of sparsetweaks wrote it, choose"
+    )
+    with pytest.raises(LotteryError, match=message.format("ticket")):
+        load_ticket(ticket_path(tmp_path, ticket))
+    with pytest.raises(LotteryError, match=message.format("training")):
+        draw(digits, NETWORK, RECIPE, seed=0, folder=tmp_path, levels=1)
 
 
 # ---------------------------------------------------------------------------------------------------- spending
@@ -258,19 +277,46 @@ def test_tweaks_are_made(digits: Data, tickets: list[Ticket]) -> None:
 
 
 def test_a_run_is_named_by_everything_that_determines_it(tickets: list[Ticket]) -> None:
+    def named(ticket: Ticket, tweaks: Tweaks, recipe: Recipe, seed: int = 0) -> str:
+        return run_key(ticket, tweaks, recipe, seed=seed, device=torch.device("cpu"))
+
     one, other = tickets[1], tickets[2]
     keys = {
-        run_key(one, Tweaks(), RECIPE, seed=0),
-        run_key(one, Tweaks(), RECIPE, seed=1),
-        run_key(one, Tweaks(), replace(RECIPE, epochs=3), seed=0),
-        run_key(other, Tweaks(), RECIPE, seed=0),
-        run_key(one, Tweaks(skips={}), RECIPE, seed=0),
-        run_key(one, Tweaks(skips={"norm": True}), RECIPE, seed=0),
+        named(one, Tweaks(), RECIPE),
+        named(one, Tweaks(), RECIPE, seed=1),
+        named(one, Tweaks(), replace(RECIPE, epochs=3)),
+        named(other, Tweaks(), RECIPE),
+        named(one, Tweaks(skips={}), RECIPE),
+        named(one, Tweaks(skips={"norm": True}), RECIPE),
     }
     assert len(keys) == 6
-    assert run_key(one, Tweaks(skips={}), RECIPE, seed=0) == run_key(
-        one, Tweaks(skips={"norm": False}), RECIPE, seed=0
-    )
+    assert named(one, Tweaks(skips={}), RECIPE) == named(one, Tweaks(skips={"norm": False}), RECIPE)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_runs_and_drawings_are_named_by_what_is_really_computed_in(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    """A folder that moves to a machine without bfloat16 takes up none of the runs of the one before."""
+    capabilities = {"avx512_bf16": native, "amx_bf16": native}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    auto = replace(RECIPE, epochs=1, precision="auto")
+    told = replace(auto, precision="bfloat16" if native else "float32")
+    options = {"seed": 0, "folder": tmp_path, "sparsities": [0.5]}
+    drawn = draw_one_shot(digits, NETWORK, auto, **options)
+    again = draw_one_shot(digits, NETWORK, told, **options, on_epoch=lambda _: pytest.fail("it trained"))
+    assert [ticket.identity for ticket in drawn] == [ticket.identity for ticket in again]
+    trained = spend(drawn[1], Tweaks(), digits, auto, seed=0, folder=tmp_path / "runs")
+    lines = [row(drawn[1], "vanilla", Tweaks(), digits, each, trained, seed=0) for each in (auto, told)]
+    assert lines[0] == lines[1]
+    assert lines[0]["precision"] == told.precision
+    capabilities.update(avx512_bf16=not native, amx_bf16=not native)
+    other = row(drawn[1], "vanilla", Tweaks(), digits, auto, trained, seed=0)
+    assert other["run"] != lines[0]["run"]
+    assert other["recipe"] != lines[0]["recipe"]
+    elsewhere = draw_one_shot(digits, NETWORK, auto, **options)
+    assert elsewhere[1].identity != drawn[1].identity
+    assert elsewhere[0].identity == drawn[0].identity
 
 
 def test_a_ticket_of_other_data_is_refused(digits: Data, tickets: list[Ticket], tmp_path: Path) -> None:
@@ -327,6 +373,18 @@ def test_effective_flops_are_those_that_the_masks_leave(digits: Data, tickets: l
     for name, mask in tickets[3].masks.items():
         expected += 2 * int(mask.sum()) * next(n for start, n in pixels.items() if name.startswith(start))
     assert counts[3]["effective_flops"] == expected
+
+
+def test_scales_are_learned_in_float32_whatever_the_training_computes_in(
+    digits: Data, tickets: list[Ticket]
+) -> None:
+    tweaks = Tweaks(scales={"iterations": 3})
+    states = [
+        tweaked(tickets[1], tweaks, digits, replace(RECIPE, precision=precision), seed=0)[0].state_dict()
+        for precision in ("float32", "bfloat16")
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["conv.weight"], tickets[1].model().state_dict()["conv.weight"])
 
 
 def test_scales_learned_dense_are_not_those_of_the_ticket(digits: Data, tickets: list[Ticket]) -> None:
@@ -408,6 +466,101 @@ def test_tickets_before_training_want_what_there_is(digits: Data, tmp_path: Path
     ):
         with pytest.raises(LotteryError, match=message):
             draw_untrained(digits, NETWORK, seed=0, folder=tmp_path, **{"sparsities": [0.5], **options})
+
+
+def shares(masks: dict[str, torch.Tensor]) -> list[int]:
+    return [int(mask.sum()) for mask in masks.values()]
+
+
+@pytest.mark.parametrize(
+    ("method", "scope"),
+    [("snip", "layer"), ("random", "layer"), ("random", "erk"), ("magnitude", "layer"), ("magnitude", "erk")],
+)
+def test_what_pays_for_skips_comes_out_of_each_layer_as_it_was_drawn(
+    digits: Data, tmp_path: Path, method: str, scope: str
+) -> None:
+    common = {"sparsities": [0.8], "seed": 0, "folder": tmp_path, "scope": scope}
+    if method == "magnitude":
+        ticket = draw_one_shot(digits, NETWORK, RECIPE, **common)[1]
+    else:
+        ticket = draw_untrained(digits, NETWORK, method=method, **common)[1]
+    assert load_ticket(ticket_path(tmp_path, ticket)).scope == scope
+    model, _, count = tweaked(ticket, Tweaks(skips={"norm": True}), digits, RECIPE, seed=0)
+    assert count["added"] > 100
+    assert count["budget"] == ticket.nonzeros
+    found = find_masks(model)
+    left = {name: found[name] for name in ticket.masks}
+    assert all(not (left[name] & ~mask).any() for name, mask in ticket.masks.items())
+    density = count["nonzeros"] / ticket.nonzeros
+    if scope == "layer":
+        expected = [density * each for each in shares(ticket.masks)]
+    else:
+        expected = list(erk_budgets(ones(ticket), count["nonzeros"]).values())
+    assert shares(left) == pytest.approx(expected, abs=1 if scope == "layer" else 0)
+
+
+@pytest.mark.parametrize("scope", ["layer", "erk"])
+def test_magnitudes_may_be_compared_within_layers(digits: Data, tmp_path: Path, scope: str) -> None:
+    common = {"seed": 0, "folder": tmp_path, "scope": scope}
+    levels = draw(digits, NETWORK, RECIPE, levels=2, fraction=0.5, **common)
+    shot = draw_one_shot(digits, NETWORK, RECIPE, sparsities=[0.5], **common)[1]
+    assert shares(levels[1].masks) == shares(shot.masks)
+    assert (levels[1].drawn, shot.drawn) == (f"imp by {scope}", f"omp by {scope}")
+    for before, after in pairwise([*levels[1:]]):
+        assert all(not (after.masks[name] & ~before.masks[name]).any() for name in after.masks)
+    if scope == "layer":
+        for ticket, density in ((levels[1], 0.5), (levels[2], 0.25)):
+            sizes = [mask.numel() for mask in ticket.masks.values()]
+            assert shares(ticket.masks) == pytest.approx([density * size for size in sizes], abs=1)
+    else:
+        assert shares(shot.masks) == list(erk_budgets(ones(shot), shot.nonzeros).values())
+    identities = {t.identity for t in (levels[1], shot)}
+    assert (
+        draw(digits, NETWORK, RECIPE, levels=1, fraction=0.5, seed=0, folder=tmp_path)[1].identity
+        not in identities
+    )
+    with pytest.raises(LotteryError, match="unknown scope 'house'; choose from global, layer, erk"):
+        draw(digits, NETWORK, RECIPE, levels=1, fraction=0.5, **{**common, "scope": "house"})
+    with pytest.raises(LotteryError, match="unknown scope 'house'"):
+        draw_one_shot(digits, NETWORK, RECIPE, sparsities=[0.5], **{**common, "scope": "house"})
+
+
+def ones(ticket: Ticket) -> dict[str, torch.Tensor]:
+    return {name: torch.ones_like(mask) for name, mask in ticket.masks.items()}
+
+
+def test_tickets_say_what_tells_them_apart(digits: Data, tickets: list[Ticket], tmp_path: Path) -> None:
+    plan = {"sparsities": [0.5], "seed": 0, "folder": tmp_path}
+    drawn = [
+        draw_untrained(digits, NETWORK, method="random", scope=scope, **plan)[1]
+        for scope in ("global", "erk")
+    ]
+    assert [ticket.drawn for ticket in drawn] == ["random", "random by erk"]
+    for number, ticket in enumerate(drawn):
+        save_file(ticket.masks, tmp_path / f"mask{number}.pt")
+    file = {"folder": tmp_path}
+    first, other, same = (
+        draw_by_masks(digits, NETWORK, tmp_path / f"mask{number}.pt", seed=seed, **file)[1]
+        for number, seed in ((0, 0), (1, 0), (0, 1))
+    )
+    assert first.drawn.startswith("file mask0.pt ")
+    assert other.drawn.startswith("file mask1.pt ")
+    assert first.drawn == same.drawn  # the same masks on another initialisation
+    names = [
+        draw_by_masks(
+            digits, NETWORK, tmp_path / f"mask{seed}.pt", seed=seed, name=" their  pruner ", **file
+        )[1].drawn
+        for seed in (0, 1)
+    ]
+    assert names == ["file their pruner"] * 2
+    with pytest.raises(LotteryError, match="the name of the masks is empty"):
+        draw_by_masks(digits, NETWORK, tmp_path / "mask0.pt", seed=0, name=" ", **file)
+    longer = replace(RECIPE, epochs=1)
+    imp = [
+        draw(digits, NETWORK, r, levels=1, fraction=0.5, **{**file, "seed": 0})[1] for r in (RECIPE, longer)
+    ]
+    assert imp[0].drawn == imp[1].drawn == tickets[1].drawn == "imp"
+    assert imp[0].drawing == tickets[1].drawing == tickets[2].drawing != imp[1].drawing
 
 
 @pytest.mark.parametrize("form", ["safetensors", "torch", "state of a pruned model"])
