@@ -164,8 +164,9 @@ def train(
                 ranks.total(total).item() / ranks.count() / steps
             )  # once an epoch: it waits for the device
             if not math.isfinite(done.loss):
+                of = f" of {title}" if title else ""
                 raise LotteryError(
-                    f"the loss became {done.loss} in epoch {epoch + 1}: lower the learning rate, or warm up"
+                    f"the loss became {done.loss} in epoch {epoch + 1}{of}: lower the learning rate, or warm up"
                 )
             done.seconds += time.perf_counter() - started
             done.epochs, done.steps = epoch + 1, done.steps + steps

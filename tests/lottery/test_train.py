@@ -215,8 +215,10 @@ def test_a_loss_that_is_not_finite_says_what_to_do(digits: Data) -> None:
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return logits.sum() * float("nan")
 
-    with pytest.raises(LotteryError, match="the loss became nan in epoch 1: lower the learning rate"):
-        train(model_of(), digits, RECIPE, seed=0, loss=loss)
+    with pytest.raises(
+        LotteryError, match="the loss became nan in epoch 1 of this one: lower the learning rate"
+    ):
+        train(model_of(), digits, RECIPE, seed=0, loss=loss, title="this one")
 
 
 def test_the_schedule_is_that_of_the_paper() -> None:
