@@ -15,6 +15,7 @@ PACKAGE = ROOT / "sparsetweaks"
 FLOORS = (
     [
         "errors",
+        "calling",
         "copying",
         "patterns",
         "selection",
