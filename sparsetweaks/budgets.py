@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from sparsetweaks.copying import check_model
 from sparsetweaks.export import remove_masks
 from sparsetweaks.masks import apply_masks, find_masks
-from sparsetweaks.prunable import added_modules, prunable_weights
+from sparsetweaks.prunable import added_modules, check_values, prunable_weights
 from sparsetweaks.selection import keep_highest_globally
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,7 +47,10 @@ def match_budget(
         A new model with exactly `nonzeros` left.
 
     Raises:
-        ValueError: the model has fewer; or what no mask removes is that many by itself; or `ranked_by` lacks a weight.
+        TypeError: what is given is no module.
+        ValueError: `nonzeros` is no whole number; the model has fewer; what no mask removes is that many by itself; or
+            `ranked_by` lacks a weight.
+        SurgeryError: a parameter or a mask has no values (lazy, meta device).
 
     Example:
         >>> import torch, sparsetweaks as st
@@ -61,6 +65,8 @@ def match_budget(
     check_model(model)
     if of not in get_args(Of):
         raise ValueError(f"unknown of {of!r}: choose from {', '.join(map(repr, get_args(Of)))}")
+    nonzeros = _whole(nonzeros)
+    check_values(dict(model.named_parameters()))
     masks = _masks_to_tighten(model)
     ordinary = remove_masks(model)
     weights = {name: ordinary.get_parameter(name) for name in masks}
@@ -84,8 +90,20 @@ def match_budget(
     return apply_masks(model, new)
 
 
+def _whole(nonzeros: Any) -> int:
+    try:
+        return operator.index(nonzeros)
+    except TypeError as error:
+        given = type(nonzeros).__name__ if isinstance(nonzeros, nn.Module) else repr(nonzeros)
+        raise ValueError(
+            "nonzeros is how many non-zeros shall be left, a whole number such as "
+            f"cost(other, inputs).nonzeros, got {given}"
+        ) from error
+
+
 def _masks_to_tighten(model: nn.Module) -> dict[str, Tensor]:
     masks = find_masks(model)
+    check_values(masks)
     if masks:
         return masks
     return {name: weight.new_ones(weight.shape).bool() for name, weight in prunable_weights(model).items()}
@@ -98,6 +116,8 @@ def _scores(
     if ranked_by is None:
         return dict(weights)
     state = remove_masks(ranked_by).state_dict() if isinstance(ranked_by, nn.Module) else ranked_by
+    if not isinstance(state, Mapping):
+        raise ValueError(f"ranked_by is a model or a state_dict, got a {type(ranked_by).__name__}")
     for name, weight in weights.items():
         if name not in state or state[name].shape != weight.shape:
             raise ValueError(f"ranked_by has no {name!r} of shape {tuple(weight.shape)} to rank by")

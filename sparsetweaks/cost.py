@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsetweaks.copying import copy_model
-from sparsetweaks.errors import SurgeryError
-from sparsetweaks.export import arguments, plain_state
+from sparsetweaks.calling import arguments, call_with
+from sparsetweaks.copying import check_model, copy_model
+from sparsetweaks.export import plain_state
 from sparsetweaks.masks import find_masks, masks_by_parameter
+from sparsetweaks.probing import rng_restored
+from sparsetweaks.prunable import check_values
 from sparsetweaks.sparse_file import size as sparse_size
 
 _aten = torch.ops.aten
@@ -118,15 +120,17 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
 
     Args:
         model: any module, masked in any form or not. It is not changed, and runs as a copy in evaluation mode. A model
-            on the meta device can be counted where it has no masks, for inputs that are there too.
-        inputs: a tensor, a tuple of positional or a mapping of keyword arguments, on the model's device. FLOPs and
-            memory are for all of it: take a batch of one for those of a sample.
+            on the meta device can be counted where it has no masks.
+        inputs: what one call of the model takes, without labels: a tensor, a tuple of positional or a mapping of keyword
+            arguments. FLOPs and memory are for all of it: take a batch of one for those of a sample.
 
     Returns:
         Counts per module and overall.
 
     Raises:
-        SurgeryError: the masks have no values (meta device), or the state has what a file cannot hold.
+        TypeError: what is given is no module.
+        SurgeryError: the masks have no values (meta device); the model fails on the inputs; or the state has what a
+            file cannot hold.
 
     Example:
         >>> import torch, sparsetweaks as st
@@ -142,22 +146,21 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
         peak activation memory: 160 bytes
         on disk: ... bytes, sparse ...
     """
-    if any(mask.is_meta for mask in find_masks(model).values()):
-        raise SurgeryError("the masks are on the meta device and have no values: load the model first")
+    check_model(model)
+    check_values(find_masks(model))
     copied = copy_model(model).eval()
     masks = masks_by_parameter(copied)
-    positional, keywords = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(inputs))
+    positional, keywords = arguments(copied, inputs)
     watch = _Watch(copied, masks, (positional, keywords))
-    devices = {t.device for t in (*copied.parameters(), *copied.buffers()) if t.device.type == "cuda"}
     with (
-        torch.random.fork_rng(devices=list(devices)),
+        rng_restored(copied),
         _unfused_attention(),
         torch.no_grad(),
         _names_of_running(copied) as running,
     ):
         watch.running = running
         with watch:
-            copied(*positional, **keywords)
+            call_with(copied, positional, keywords)
     disk, sparse = _disk_bytes(model)
     return Cost(
         modules=tuple(_module_costs(copied, masks, watch.flops)),

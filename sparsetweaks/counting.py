@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sparsetweaks.copying import check_model
 from sparsetweaks.forms import Place, masked_parameters, places
-from sparsetweaks.prunable import Selection, added_modules, select_weights
+from sparsetweaks.prunable import Selection, added_modules, check_values, select_weights
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,9 @@ def sparsity(
         and `overall_with_added`, which counts what tweaks added as kept.
 
     Raises:
+        TypeError: what is given is no module.
         ValueError: as `prunable_weights` for a wrong selection.
+        SurgeryError: a parameter or a mask has no values (lazy, meta device).
 
     Example:
         >>> import torch, sparsetweaks as st
@@ -144,8 +147,11 @@ def sparsity(
         prunable weights               4     1   75.00 %
         all parameters                 5     2   60.00 %
     """
+    check_model(model)
+    check_values(dict(model.named_parameters()))
     added = set(added_modules(model))
     masked = masked_parameters(model)
+    check_values({place.name: place.mask() for place in masked.values()})
     by_parameter: dict[nn.Parameter, Place] = {}
     for place in places(model):  # a tied weight counts once, by its mask
         by_parameter.setdefault(place.parameter, masked.get(place.parameter, place))

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparsetweaks.calling import arguments, call
 from sparsetweaks.converting import make_permanent
 from sparsetweaks.copying import check_model, copy_model
 from sparsetweaks.errors import SurgeryError
 from sparsetweaks.forms import masked_places
 from sparsetweaks.masks import apply_masks, find_masks
+from sparsetweaks.prunable import check_values
 from sparsetweaks.sparse_file import read as read_sparse
 from sparsetweaks.sparse_file import write as write_sparse
 
@@ -94,7 +96,9 @@ def export(
         FileExistsError: there is a file, and `overwrite` is False.
         FileNotFoundError: the folder does not exist.
         ValueError: an unknown format; inputs missing, or given where they mean nothing.
-        SurgeryError: the model cannot be written in this format, or computes something else there.
+        TypeError: what is given is no module.
+        SurgeryError: the model has no values (lazy, meta device), cannot be written in this format, or computes
+            something else there.
         ImportError: packages are missing, which the message names.
 
     Example:
@@ -106,6 +110,7 @@ def export(
         ...     os.path.getsize(f"{folder}/small.safetensors") / os.path.getsize(f"{folder}/dense.pt") < 0.08
         True
     """
+    check_model(model)
     if format not in get_args(Format):
         raise ValueError(f"unknown format {format!r}: choose from {', '.join(map(repr, get_args(Format)))}")
     if (inputs is None) == (format == "onnx"):
@@ -114,11 +119,12 @@ def export(
             if format == "onnx"
             else f"inputs are for format='onnx'; {format!r} writes weights only"
         )
+    state, masks = plain_state(model), find_masks(model)
+    check_values({name: value for name, value in (state | masks).items() if isinstance(value, Tensor)})
     with _replacing(Path(path), overwrite) as temporary:
         if format == "onnx":
             _write_onnx(remove_masks(model), temporary, inputs)
         else:
-            state, masks = plain_state(model), find_masks(model)
             with open(temporary, "xb") as file:
                 if format == "torch":
                     torch.save(state, file)
@@ -175,11 +181,9 @@ def _write_onnx(model: nn.Module, path: Path, inputs: Any) -> None:
             f"format='onnx' needs the package {error.name}: pip install onnx onnxscript onnxruntime"
         ) from error
     model = model.cpu().eval()
-    positional, keywords = arguments(inputs)
-    positional, keywords = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (positional, keywords))
+    positional, keywords = arguments(model, inputs)
     with torch.no_grad():
-        fresh = pytree.tree_map_only(Tensor, torch.clone, (positional, keywords))
-        wanted = [x for x in pytree.tree_leaves(model(*fresh[0], **fresh[1])) if isinstance(x, Tensor)]
+        wanted = [x for x in pytree.tree_leaves(call(model, inputs)) if isinstance(x, Tensor)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own about itself
@@ -198,13 +202,6 @@ def _write_onnx(model: nn.Module, path: Path, inputs: Any) -> None:
                 f"ONNX Runtime computes something else: output {index} differs by up to {most:.3g}. "
                 "Nothing was written"
             )
-
-
-def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments from inputs: a tuple of the ones, a mapping of the others, or the only one."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from sparsetweaks.copying import check_model
 from sparsetweaks.forms import Place, masked_parameters
+from sparsetweaks.prunable import how_to_mask
 
 # A whole number of each width, to AND masks into floating-point numbers of that width.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -46,6 +48,7 @@ def keep_masks(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
         optimizers: every optimizer that steps its parameters.
 
     Raises:
+        TypeError: what is given first is no module.
         ValueError: the model has no masks, no optimizer is given, or none of the masked parameters is in one
             (the usual cause: the optimizer was built for another copy of the model).
 
@@ -60,10 +63,13 @@ def keep_masks(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
         >>> ticket.weight[0, 1].item()
         0.0
     """
+    if isinstance(model, Optimizer):
+        raise TypeError(f"keep_masks takes the model first, then the optimizers; got {type(model).__name__}")
+    check_model(model)
     _reshard(model)
     held = {parameter: _Held(place) for parameter, place in masked_parameters(model).items()}
     if not held:
-        raise ValueError("the model has no masks to keep: use prune or apply_masks first")
+        raise ValueError(f"the model has no masks to keep: {how_to_mask(model)}")
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             raise ValueError(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparsetweaks.copying import copy_model
+from sparsetweaks.copying import check_model, copy_model
 from sparsetweaks.errors import SurgeryError
 from sparsetweaks.forms import Place, masked_parameters, masked_places, places
-from sparsetweaks.prunable import added_modules, close_names, prunable_weights
+from sparsetweaks.prunable import added_modules, close_names, how_to_mask, prunable_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,6 +31,7 @@ def find_masks(model: nn.Module, *, zeros: bool = False) -> dict[str, Tensor]:
         a dense model.
 
     Raises:
+        TypeError: what is given is no module.
         ValueError: a buffer in the place of a mask is not bool; or `zeros` is asked for and nothing is
             prunable.
 
@@ -41,6 +42,7 @@ def find_masks(model: nn.Module, *, zeros: bool = False) -> dict[str, Tensor]:
         >>> find_masks(masked)
         {'weight': tensor([[ True, False]])}
     """
+    check_model(model)
     found = masked_places(model)
     masks = {place.name: place.mask() for place in found}
     if zeros:
@@ -66,8 +68,9 @@ def apply_masks(model: Model, masks: Mapping[str, Tensor]) -> Model:
         A new model with a bool buffer `<parameter>_mask` beside each masked parameter, on its device.
 
     Raises:
-        ValueError: no masks; a name that is no parameter; a mask of another shape or dtype; a mask that would
-            revive a pruned weight; two masks that differ for one tied weight.
+        TypeError: what is given is no module.
+        ValueError: no masks, or no mapping of them; a name that is no parameter; a mask of another shape or
+            dtype; a mask that would revive a pruned weight; two masks that differ for one tied weight.
 
     Example:
         >>> import torch
@@ -76,6 +79,12 @@ def apply_masks(model: Model, masks: Mapping[str, Tensor]) -> Model:
         >>> masked.weight[0, 1].item(), list(masked.state_dict())
         (0.0, ['weight', 'weight_mask'])
     """
+    check_model(model)
+    if not isinstance(masks, Mapping):
+        raise ValueError(
+            "masks are a mapping of parameter name to bool mask, e.g. from find_masks, "
+            f"got a {type(masks).__name__}"
+        )
     if not masks:
         raise ValueError("no masks given: pass a dict of parameter name to bool mask, e.g. from find_masks")
     known = {place.name: place for place in places(model)}
@@ -164,8 +173,9 @@ def rewind(masked: Model, initial_state: Mapping[str, Any] | nn.Module) -> Model
         A new model: the ticket, at the weights that training starts from.
 
     Raises:
-        ValueError: the model has no masks; the state lacks a tensor, or has one that is unknown or of
-            another shape.
+        TypeError: what is given is no module.
+        ValueError: the model has no masks; `initial_state` is neither; the state lacks a tensor, or has one
+            that is unknown or of another shape.
 
     Example:
         >>> import copy, torch
@@ -177,9 +187,12 @@ def rewind(masked: Model, initial_state: Mapping[str, Any] | nn.Module) -> Model
         >>> torch.equal(ticket.weight[0, 0], initial_state["weight"][0, 0]), ticket.weight[0, 1].item()
         (True, 0.0)
     """
+    check_model(masked)
     if not masked_places(masked):
-        raise ValueError("the model has no masks: use prune or apply_masks first, then rewind")
+        raise ValueError(f"the model has no masks to rewind beneath: {how_to_mask(masked)}")
     given = initial_state.state_dict() if isinstance(initial_state, nn.Module) else initial_state
+    if not isinstance(given, Mapping):
+        raise ValueError(f"initial_state is a state_dict or a model, got a {type(given).__name__}")
     earlier = {name: given[key] for name, key in _keys_by_name(given).items()}
     state = masked.state_dict()
     keys = _keys_by_name(state)

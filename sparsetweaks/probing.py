@@ -1,11 +1,11 @@
-"""What measures a network on data without training it: a copy to measure on, and how to call it.
+"""What measures a network on data without training it: a copy to measure on, and the batches to measure with.
 
 Layer scales and the scores of SNIP, GraSP and SynFlow share it. Nothing here touches the given model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from sparsetweaks.calling import LOW_PRECISION, tensors
 from sparsetweaks.copying import copy_model
 from sparsetweaks.errors import SurgeryError
 from sparsetweaks.recipe.labels import check_targets
 
 Pair = tuple[Any, Any]
 Loss = Callable[[Any, Any], Tensor]
-
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def probe_copy(model: nn.Module) -> tuple[nn.Module, bool]:
@@ -34,14 +33,6 @@ def probe_copy(model: nn.Module) -> tuple[nn.Module, bool]:
     for tensor in low:
         tensor.data = tensor.data.float()
     return copied, bool(low)
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """What the model makes of inputs: a tensor, or a tuple or mapping of them for several arguments."""
-    inputs = map_tensors(torch.clone, inputs)  # a model that works in place must not reach the caller's batch
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def cross_entropy(output: Any, targets: Any) -> Tensor:
@@ -85,35 +76,8 @@ def check_pair(pair: Any, device: torch.device | None) -> Pair:
     return pair[0], pair[1]
 
 
-def device_of(model: nn.Module) -> torch.device | None:
-    """The model's device, or None if it has several."""
-    devices = {parameter.device for parameter in model.parameters()}
-    return devices.pop() if len(devices) == 1 else None
-
-
 def rng_restored(model: nn.Module) -> AbstractContextManager[None]:
     """PyTorch's random state, of the CPU and of the model's GPUs, is afterwards what it was."""
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    held = (*model.parameters(), *model.buffers())
+    devices = {tensor.device.index for tensor in held if tensor.device.type == "cuda"}
     return torch.random.fork_rng(devices=sorted(devices))
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same tuples, lists and mappings with each tensor mapped."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(function, part) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(function, part) for part in value)
-    return value
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from tensors(list(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from tensors(part)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from sparsetweaks.copying import check_model
 from sparsetweaks.errors import SurgeryError
 from sparsetweaks.forms import parameter_behind
 
@@ -20,6 +21,8 @@ Selection = Selector | Iterable[Selector]
 _LAYERS = ("conv", "linear")
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _CLOSE_NAMES = 3
+_ZEROS_BY_CHANCE = 1e-4
+"""The fraction of exact zeros up to which nobody pruned: a fresh ResNet-152 has 7 of them among 58 million weights."""
 
 
 class Weight(NamedTuple):
@@ -64,6 +67,7 @@ def prunable_weights(
         once, under its first name. For a layer of `torch.nn.utils.prune` the parameter is its `weight_orig`.
 
     Raises:
+        TypeError: what is given is no module.
         ValueError: an unknown kind, a pattern or type that matches nothing, or nothing is left to prune.
         SurgeryError: a weight has no values yet (lazy, meta device), or a parametrization computes it.
 
@@ -92,6 +96,7 @@ def select_weights(
     exclude: Selection | None = None,
 ) -> list[Weight]:
     """`prunable_weights` with all that is known about each weight; the list may be empty."""
+    check_model(model)
     weights = list(_conv_and_linear_weights(model))
     if layers is not None:
         layers = (layers,) if isinstance(layers, str) else tuple(layers)
@@ -120,6 +125,35 @@ def added_modules(model: nn.Module) -> list[nn.Module]:
         if getattr(module, "added_by_tweak", False)
         for inner in module.modules()
     ]
+
+
+def check_values(named: Mapping[str, Tensor]) -> None:
+    """Raise a SurgeryError that names the first of these parameters, buffers or masks that has no values.
+
+    Those of lazy modules that have seen no batch have none, and those on the meta device.
+    """
+    for name, tensor in named.items():
+        if is_lazy(tensor):
+            raise SurgeryError(f"{name!r} is not initialised yet: run one batch through the lazy model first")
+        if tensor.is_meta:
+            raise SurgeryError(
+                f"{name!r} is on the meta device and has no values: load the model's weights first"
+            )
+
+
+def how_to_mask(model: nn.Module) -> str:
+    """What to do with a model that has no masks and should have some, for an error message."""
+    zeros = total = 0
+    for weight in select_weights(model):
+        if weight.parameter is not None and not (is_lazy(weight.parameter) or weight.parameter.is_meta):
+            total += weight.parameter.numel()
+            zeros += int((weight.parameter.detach() == 0).sum())
+    if zeros > _ZEROS_BY_CHANCE * total:
+        return (
+            f"{zeros:,} of its {total:,} prunable weights are exactly zero: if they are pruned, make a mask of them "
+            "first, apply_masks(model, find_masks(model, zeros=True))"
+        )
+    return "use prune or apply_masks first"
 
 
 def close_names(name: str, names: Iterable[str]) -> str:
@@ -229,14 +263,7 @@ def _checked(weight: Weight) -> nn.Parameter:
             f"{weight.name!r} is not a parameter: a parametrization computes it (weight_norm, ...). "
             "Remove that first (torch.nn.utils.parametrize.remove_parametrizations), or exclude this layer"
         )
-    if is_lazy(parameter):
-        raise SurgeryError(
-            f"{weight.name!r} is not initialised yet: run one batch through the lazy model first"
-        )
-    if parameter.is_meta:
-        raise SurgeryError(
-            f"{weight.name!r} is on the meta device and has no values: load the model's weights first"
-        )
+    check_values({weight.name: parameter})
     return parameter
 
 

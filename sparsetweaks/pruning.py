@@ -6,12 +6,14 @@ function to budgets, and every pair of them goes together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from sparsetweaks.copying import check_model
 from sparsetweaks.masks import apply_masks, masks_by_parameter
 from sparsetweaks.probing import Loss, Pair
 from sparsetweaks.prunable import Selection, prunable_weights
@@ -75,7 +77,8 @@ def prune(
         in another form (`torch.nn.utils.prune`, a mask parametrization) are kept in it.
 
     Raises:
-        ValueError: sparsity outside [0, 1), or less than is pruned already; an unknown method, scope or `of`;
+        TypeError: what is given is no module.
+        ValueError: sparsity outside [0, 1) or no number, or less than is pruned already; an unknown method, scope or `of`;
             random without a generator, snip, grasp or synflow without a batch, or with one that does not fit; a
             score that is NaN; nothing to prune, or a wrong selection.
 
@@ -89,11 +92,11 @@ def prune(
         >>> prune(half, 0.5, of="remaining").weight_mask
         tensor([[False, False, False, True]])
     """
+    check_model(model)
     _check_choice("method", method, get_args(Method))
     _check_choice("scope", scope, get_args(Scope))
     _check_choice("of", of, get_args(Of))
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is the fraction to remove, in [0, 1); got {sparsity}")
+    sparsity = _fraction(sparsity)
     weights = prunable_weights(model, layers=layers, include=include, exclude=exclude)
     already = masks_by_parameter(model)
     masks = {name: already.get(w, torch.ones_like(w, dtype=torch.bool)) for name, w in weights.items()}
@@ -153,8 +156,11 @@ def _after(share: float, start: int, end: int) -> int:
 
 def random_scores(weights: Mapping[str, Tensor], generator: torch.Generator | None) -> dict[str, Tensor]:
     """Score each weight by a uniform draw, in float64 so that equal draws are all but impossible."""
-    if generator is None:
-        raise ValueError("method='random' needs generator=torch.Generator().manual_seed(a seed of yours)")
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            "method='random' needs generator=torch.Generator().manual_seed(a seed of yours), "
+            f"got {generator!r:.80}"
+        )
     return {
         name: torch.rand(weight.shape, generator=generator, device=generator.device, dtype=torch.float64)
         for name, weight in weights.items()
@@ -204,6 +210,17 @@ def erk_budgets(masks: Mapping[str, Tensor], kept: int) -> dict[str, int]:
     for name in sorted(open_names, key=lambda name: -shares[name][1])[:short]:
         budgets[name] += 1
     return {name: budgets[name] for name in masks}
+
+
+def _fraction(sparsity: Any) -> float:
+    """The sparsity as a number, also of a tensor that holds a single one."""
+    try:
+        fraction = math.nan if isinstance(sparsity, str) else float(sparsity)
+    except (TypeError, ValueError, RuntimeError):
+        fraction = math.nan
+    if not 0 <= fraction < 1:
+        raise ValueError(f"sparsity is the fraction to remove, a number in [0, 1); got {sparsity!r:.80}")
+    return fraction
 
 
 def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:

@@ -13,26 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
 
+from sparsetweaks.calling import LOW_PRECISION, call, device_of, map_tensors, tensors
 from sparsetweaks.copying import copy_model
 from sparsetweaks.errors import SurgeryError
 from sparsetweaks.masks import masks_by_parameter
 from sparsetweaks.probing import (
-    LOW_PRECISION,
     Loss,
     Pair,
-    call,
     check_iterable,
     check_pair,
     cross_entropy,
-    device_of,
     is_pair,
-    map_tensors,
     probe_copy,
     rng_restored,
-    tensors,
 )
 
 GRASP_TEMPERATURE = 200.0  # of the logits: GraSP's own code; its paper keeps silent
@@ -46,7 +43,6 @@ _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
     nn.Softplus,
 )  # fmt: skip
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def snip_scores(
@@ -152,9 +148,11 @@ class SynFlow:
 
     arXiv 2006.05467, equation 6 and algorithm 1. The network is made linear: parameters and floating buffers by their
     absolute values, all in float64 (in float32 R overflows in a deep network, and small flows vanish), input one
-    sample of ones, activations the identity. A normalisation is its affine map alone: BatchNorm by the batch would
-    make R a constant, as every flow is divided out again, and a trained running mean would make flows negative.
-    Integer inputs, such as tokens, stay as the batch gives them.
+    sample of ones, activations the identity. A normalisation is its affine map alone: by the statistics of what flows
+    through it, it would make R a constant, as every flow is divided out again, and a trained running mean would make
+    flows negative. Both are so wherever a forward calls torch's functions, in modules of torch, in subclasses or by
+    themselves. A normalisation that a forward computes by hand, out of means, cannot be seen, nor can what is inside a
+    scripted module: there flows are divided out. Integer inputs, such as tokens, stay as the batch gives them.
 
     The scores are of the masks given, so that pruning can go in steps (algorithm 1 takes 100, of equal ratio).
 
@@ -184,8 +182,6 @@ class SynFlow:
         for module in self.model.modules():
             if isinstance(module, _ACTIVATIONS):
                 module.forward = _identity  # type: ignore[method-assign]
-            elif isinstance(module, _NORMS):
-                module.forward = _affine(module)  # type: ignore[method-assign]
         first = next(iter(_checked(batch, device_of(model))))
         self.inputs = map_tensors(_ones, first[0])
 
@@ -208,6 +204,7 @@ class SynFlow:
             rng_restored(self.model),
             torch.autocast(_device_type(self.model), enabled=False),
             torch.enable_grad(),
+            _Linear(),
         ):
             output = call(self.model, self.inputs)
             flow = torch.as_tensor(sum(t.sum() for t in tensors(output) if t.is_floating_point()))
@@ -215,7 +212,7 @@ class SynFlow:
                 raise SurgeryError(
                     f"the synaptic flow is {flow.item()}: is a weight not finite, or the network too deep?"
                 )
-            gradients = _differentiate(flow, list(self.weights.values()))
+            gradients = _differentiate_within(flow, list(self.weights.values()))
         named = zip(self.weights.items(), gradients, strict=True)
         return {name: (weight.detach() * gradient).abs() for (name, weight), gradient in named}
 
@@ -294,30 +291,117 @@ def _ones(inputs: Tensor) -> Tensor:
     return torch.ones_like(first, dtype=torch.float64) if first.is_floating_point() else first
 
 
-def _identity(input: Tensor) -> Tensor:
+# ------------------------------------------------------------------------------------------------------------
+# SynFlow's network, in which everything is linear
+
+
+class _Linear(TorchFunctionMode):
+    """Within, torch's normalisations are their affine maps, and its activations the identity, whoever calls them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _LINEAR.get(func, func)(*args, **(kwargs or {}))
+
+
+def _differentiate_within(value: Tensor, by: list[nn.Parameter]) -> list[Tensor]:
+    """`_differentiate` within the mode, for what a checkpoint computes again; torch's own functions would leave it."""
+    if not value.requires_grad:
+        return [torch.zeros_like(parameter) for parameter in by]
+    run: Any = torch.autograd.graph._engine_run_backward
+    found = run((value,), (torch.ones_like(value),), False, False, tuple(by), True, accumulate_grad=False)
+    return [torch.zeros_like(each) if part is None else part for each, part in zip(by, found, strict=True)]
+
+
+def _identity(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return input
 
 
-def _affine(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What a normalisation does beyond the mean: scale by weight and running deviation, and add the bias."""
-    scale: Any = norm.weight
-    shift: Any = norm.bias
-    variance = getattr(norm, "running_var", None)
-    deviation = None if variance is None else (variance + norm.eps).sqrt()
+def _affine(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    variance: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """What a normalisation does by channel, beyond the mean: scale by weight and running deviation, add the bias."""
 
-    def forward(input: Tensor) -> Tensor:
-        by_channel = (-1, *(1,) * (input.ndim - 2)) if not isinstance(norm, nn.LayerNorm) else None
+    def fit(values: Tensor) -> Tensor:
+        return values.reshape(-1, *(1,) * (input.ndim - 2))
 
-        def fit(values: Tensor) -> Tensor:
-            return values if by_channel is None else values.reshape(by_channel)
+    if variance is not None:
+        input = input / fit((variance + eps).sqrt())
+    if weight is not None:
+        input = input * fit(weight)
+    return input if bias is None else input + fit(bias)
 
-        if deviation is not None:
-            input = input / fit(deviation)
-        if scale is not None:
-            input = input * fit(scale)
-        return input if shift is None else input + fit(shift)
 
-    return forward
+def _affine_of_batch(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    return _affine(input, weight, bias, None if training else running_var, eps)
+
+
+def _affine_of_instance(
+    input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, weight: Tensor | None = None,
+    bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    return _affine(input, weight, bias, None if use_input_stats else running_var, eps)
+
+
+def _affine_of_group(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *_: Any,
+    **__: Any,
+) -> Tensor:
+    return _affine(input, weight, bias)
+
+
+def _affine_of_layer(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *_: Any,
+    **__: Any,
+) -> Tensor:
+    input = input if weight is None else input * weight
+    return input if bias is None else input + bias
+
+
+def _affine_of_rms(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    return _affine_of_layer(input, normalized_shape, weight)
+
+
+# torch's own spellings take the running statistics after weight and bias
+def _affine_of_torch_batch(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    training: bool, momentum: float, eps: float, cudnn_enabled: bool = False,
+) -> Tensor:  # fmt: skip
+    return _affine(input, weight, bias, None if training else running_var, eps)
+
+
+_LINEAR: dict[Any, Callable[..., Tensor]] = {
+    F.batch_norm: _affine_of_batch,
+    F.instance_norm: _affine_of_instance,
+    F.group_norm: _affine_of_group,
+    F.layer_norm: _affine_of_layer,
+    F.rms_norm: _affine_of_rms,
+    torch.batch_norm: _affine_of_torch_batch,
+    torch.instance_norm: _affine_of_torch_batch,
+    torch.group_norm: _affine_of_group,
+    torch.layer_norm: _affine_of_layer,
+    torch.rms_norm: _affine_of_rms,
+    **dict.fromkeys(
+        (F.relu6, F.selu, torch.selu, F.gelu, F.silu, F.mish, F.hardswish, F.softplus), _identity
+    ),  # the others of `_ACTIVATIONS` are it for what is positive
+}
 
 
 def _device_type(model: nn.Module) -> str:

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
+from sparsetweaks.calling import call
 from sparsetweaks.copying import check_model, copy_model
 from sparsetweaks.cost import cost
 from sparsetweaks.errors import SurgeryError
-from sparsetweaks.export import arguments
 from sparsetweaks.forms import Place, places
 from sparsetweaks.masks import find_masks, listed
+from sparsetweaks.probing import rng_restored
+from sparsetweaks.prunable import check_values
 
 _SHOWN = 3  # how many names a line gives before it only counts the rest
-_SEED = 0  # of what dropout draws while the functions are compared; the caller's generators are put back
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 
@@ -102,8 +102,8 @@ def verify(
         before: the model as it was.
         after: what became of it, also wrapped by torch.compile, DistributedDataParallel or `AveragedModel`.
             Neither is changed: functions are compared on copies, with generators put back.
-        inputs: what one call of the model takes: a tensor, a tuple of arguments or a mapping of keyword arguments.
-            Outputs and gradients are then compared in eval and in training mode, and FLOPs counted
+        inputs: what one call of the model takes, without labels: a tensor, a tuple of arguments or a mapping of keyword
+            arguments. Outputs and gradients are then compared in eval and in training mode, and FLOPs counted
             (by `cost`).
         neutral: whether the functions must be equal bit for bit, as at every tweak's neutral setting (the
             default). False reports the largest difference and judges nothing.
@@ -116,7 +116,8 @@ def verify(
 
     Raises:
         TypeError: what is given is no module.
-        SurgeryError: a model's masks cannot be read (`find_masks` says why).
+        SurgeryError: a model's masks cannot be read (`find_masks` says why) or have no values (meta device); or
+            `before` fails on the inputs in both modes.
 
     Example:
         >>> import torch, sparsetweaks as st
@@ -136,9 +137,10 @@ def verify(
     after = _unwrapped(after)
     before = _unwrapped(before)
     old, new = _tensors_of(before), _tensors_of(after)
-    masks = find_masks(before, zeros=zeros)
+    masks, found = find_masks(before, zeros=zeros), find_masks(after, zeros=zeros)
+    check_values(masks | found)
     checks = [
-        _check_masks(masks, find_masks(after, zeros=zeros), old, zeros),
+        _check_masks(masks, found, old, zeros),
         _check_zeros(masks, new),
         _check_names(old, new),
         _check_properties(old, new),
@@ -348,15 +350,17 @@ class _Comparison:
 def _compare_functions(
     before: nn.Module, after: nn.Module, masks: Mapping[str, Tensor], inputs: Any
 ) -> _Comparison:
-    comparison = _Comparison()
+    comparison, errors = _Comparison(), []
     for training, mode in ((False, "eval"), (True, "training")):
         try:
             outputs, gradients = _run(before, inputs, training)
         except (
             Exception
         ) as error:  # whatever the given model raises in this mode (one image, batch statistics)
+            errors.append(error)
+            reason = error.__cause__ or error
             comparison.skipped.append(
-                f"not compared in {mode} mode, where the given model raises {error!r:.120}"
+                f"not compared in {mode} mode, where the given model raises {reason!r:.120}"
             )
             continue
         found, found_gradients = _run(after, inputs, training)
@@ -373,17 +377,17 @@ def _compare_functions(
         for name, gradient in gradients.items():
             if not _equal_where_kept(gradient, found_gradients.get(name), masks.get(name)):
                 comparison.faults.append(f"{mode}: the gradient of {name!r} differs")
+    if not comparison.modes:
+        raise errors[0]
     return comparison
 
 
 def _check_function(comparison: _Comparison, neutral: bool) -> Check:
-    modes = " and in ".join(comparison.modes) + " mode" if comparison.modes else "no mode"
+    modes = " and in ".join(comparison.modes) + " mode"
     skipped = "".join("; " + each for each in comparison.skipped)
     if not neutral:
         gap = f"outputs differ by up to {comparison.largest:.3g} in {modes}"
         return Check("function", None, f"{gap}; not judged, as neutral=False{skipped}")
-    if not comparison.modes:
-        return Check("function", None, skipped.removeprefix("; "))
     return _judge(
         "function", comparison.faults, f"equal bit for bit, outputs and gradients, in {modes}{skipped}"
     )
@@ -393,9 +397,7 @@ def _run(model: nn.Module, inputs: Any, training: bool) -> tuple[list[Tensor], d
     """The outputs of one call, and the gradient that each parameter of the model gets from them."""
     copied = copy_model(model).train(training)
     with _generators_put_back(model), torch.enable_grad():
-        torch.manual_seed(_SEED)
-        random.seed(_SEED)
-        outputs = list(_tensors_in(_call(copied, inputs)))
+        outputs = list(_tensors_in(call(copied, inputs)))
         loss = sum(_weighted_sum(output) for output in outputs if output.requires_grad)
         if isinstance(loss, Tensor):
             loss.backward()
@@ -424,20 +426,13 @@ def _equal_where_kept(one: Tensor | None, other: Tensor | None, mask: Tensor | N
 
 @contextmanager
 def _generators_put_back(model: nn.Module) -> Iterator[None]:
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    accelerators = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+    """So that dropout draws the same in both models: each starts from the caller's state."""
     state = random.getstate()
     try:
-        with torch.random.fork_rng(devices=accelerators):
+        with rng_restored(model):
             yield
     finally:
         random.setstate(state)
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    """One call on copies of the inputs: a model that works in place must not reach the caller's tensors."""
-    positional, keywords = pytree.tree_map_only(Tensor, lambda each: each.detach().clone(), arguments(inputs))
-    return model(*positional, **keywords)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

@@ -139,3 +139,18 @@ def test_tweaks_that_alone_exceed_the_budget_are_named():
     added = sw.sparsity(tweaked).added_kept
     with pytest.raises(ValueError, match=f"{added} of them added by tweaks.*choose tweaks that add fewer"):
         match_budget(tweaked, added, of="weights")
+
+
+@pytest.mark.parametrize(
+    ("nonzeros", "given"), [(0.05, "0.05"), (100.5, "100.5"), ("60", "'60'"), (network(), "Sequential")]
+)
+def test_a_budget_is_a_whole_number(nonzeros, given):
+    with pytest.raises(
+        ValueError, match=rf"a whole number such as cost\(other, inputs\)\.nonzeros, got {given}"
+    ):
+        match_budget(sw.prune(network(), 0.5), nonzeros)
+
+
+def test_what_ranks_is_a_model_or_a_state():
+    with pytest.raises(ValueError, match="ranked_by is a model or a state_dict, got a list"):
+        match_budget(sw.prune(network(), 0.5), 60, ranked_by=[])

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "sparsetweaks"
 FLOORS = (
     [
         "errors",
+        "calling",
         "copying",
         "patterns",
         "selection",

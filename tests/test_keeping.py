@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from small_models import FORMS, a_batch, in_form, loss_of, random_masks, same, small_model, tied_model
 from torch import Tensor, nn
 
+from sparsetweaks.converting import convert_masks
 from sparsetweaks.keeping import keep_masks
-from sparsetweaks.masks import apply_masks, find_masks
+from sparsetweaks.masks import apply_masks, find_masks, rewind
 from sparsetweaks.pruning import prune
 
 STEPS = 3
@@ -397,6 +398,30 @@ def test_mistakes_are_told():
         pass
     with pytest.raises(ValueError, match=r"expected torch\.optim optimizers"), keep_masks(ticket, "sgd"):
         pass
+    swapped = OPTIMIZERS["sgd"](ticket.parameters())
+    with (
+        pytest.raises(TypeError, match="model first, then the optimizers; got SGD"),
+        keep_masks(swapped, ticket),
+    ):
+        pass
+
+
+def test_plain_zeros_are_named_where_masks_are_missing():
+    """Pruned, but by zeros: to prune it again would be wrong."""
+    model = small_model()
+    zeros = convert_masks(prune(model, 0.5), to="zeros")
+    advice = r"prunable weights are exactly zero.*apply_masks\(model, find_masks\(model, zeros=True\)\)"
+    with (
+        pytest.raises(ValueError, match=advice),
+        keep_masks(zeros, OPTIMIZERS["sgd"](zeros.parameters())),
+    ):
+        pass
+    with pytest.raises(ValueError, match=advice):
+        rewind(zeros, model)
+    with pytest.raises(ValueError, match="use prune or apply_masks first"):
+        rewind(model, model)
+    found = find_masks(apply_masks(zeros, find_masks(zeros, zeros=True)))
+    assert all(torch.equal(mask, found[name]) for name, mask in find_masks(prune(model, 0.5)).items())
 
 
 # ---------------------------------------------------------------------------------------------------------

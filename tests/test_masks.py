@@ -208,3 +208,17 @@ def test_rewind_names_what_does_not_fit():
         rewind(masked, {("head.bias" if name == "4.bias" else name): value for name, value in state.items()})
     with pytest.raises(ValueError, match=r"'4.bias' has shape \(5,\) in the state, but \(3,\)"):
         rewind(masked, state | {"4.bias": torch.zeros(5)})
+
+
+@pytest.mark.parametrize("given", [[torch.ones(2)], torch.ones(2)], ids=["list", "tensor"])
+def test_masks_are_a_mapping(given):
+    with pytest.raises(
+        ValueError, match=f"mapping of parameter name to bool mask.*got a {type(given).__name__}"
+    ):
+        apply_masks(nn.Linear(2, 1), given)
+
+
+def test_a_state_to_rewind_to_is_a_mapping_or_a_model():
+    masked = apply_masks(nn.Linear(2, 1), {"weight": torch.ones(1, 2, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="initial_state is a state_dict or a model, got a list"):
+        rewind(masked, [torch.ones(2)])

@@ -270,3 +270,21 @@ def test_nan_weights_are_named():
     model[1].weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"'1\.weight' has scores that are NaN"):
         prune(model, 0.5)
+
+
+@pytest.mark.parametrize(
+    "sparsity", ["0.9", "half", None, 95, math.nan, torch.ones(2), [0.5], 1.0, -0.1], ids=repr
+)
+def test_what_is_no_fraction_is_refused(sparsity):
+    with pytest.raises(ValueError, match=r"the fraction to remove, a number in \[0, 1\); got"):
+        prune(nn.Linear(4, 4), sparsity)
+
+
+def test_a_fraction_may_be_a_tensor_of_one_number():
+    model = nn.Linear(4, 4)
+    assert torch.equal(prune(model, torch.tensor(0.5)).weight_mask, prune(model, 0.5).weight_mask)
+
+
+def test_a_seed_is_no_generator():
+    with pytest.raises(ValueError, match=r"needs generator=torch\.Generator\(\)\.manual_seed.*got 0"):
+        prune(nn.Linear(4, 4), 0.5, method="random", generator=0)

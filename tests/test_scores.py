@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev
 from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
+from torch.utils.checkpoint import checkpoint
 
 from sparsetweaks.errors import SurgeryError
 from sparsetweaks.masks import find_masks
@@ -199,6 +200,131 @@ def test_synflow_passes_batchnorm_as_the_affine_map_that_it_is_before_training()
     expected = torch.tensor([30 * 1.0 * 5, 40 * 1.5 * 7], dtype=torch.float64)
     for name in ("0.weight", "3.weight"):
         torch.testing.assert_close(scores[name].flatten(), expected, rtol=1e-6, atol=0)
+
+
+class ChannelsLastLayerNorm(nn.LayerNorm):
+    """As in torchvision's and timm's ConvNeXt: a LayerNorm by its class, over the channels of an image."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Called(nn.Module):
+    """A function on parameters of its own, in place of a module of torch."""
+
+    def __init__(self, function: Callable, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.function = function
+        self.values = nn.ParameterList(nn.Parameter(torch.rand(shape)) for shape in shapes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.function(input, *self.values)
+
+
+# Width and channels are equal: a wrong dimension would broadcast without a word.
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm": lambda: nn.BatchNorm2d(4),
+    "BatchNorm without statistics": lambda: nn.BatchNorm2d(4, track_running_stats=False),
+    "InstanceNorm": lambda: nn.InstanceNorm2d(4, affine=True),
+    "InstanceNorm with statistics": lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+    "GroupNorm": lambda: nn.GroupNorm(2, 4),
+    "LayerNorm": lambda: nn.LayerNorm([4, 4, 4]),
+    "LayerNorm of the width": lambda: nn.LayerNorm(4),
+    "RMSNorm": lambda: nn.RMSNorm([4, 4, 4]),
+    "a subclass": lambda: ChannelsLastLayerNorm(4),
+    "F.batch_norm": lambda: Called(lambda x, m, v: F.batch_norm(x, m, v), (4,), (4,)),
+    "F.batch_norm by the batch": lambda: Called(lambda x, w: F.batch_norm(x, None, None, w, training=True), (4,)),
+    "F.instance_norm": lambda: Called(lambda x, w: F.instance_norm(x, weight=w), (4,)),
+    "F.group_norm": lambda: Called(lambda x, w: F.group_norm(x, 2, w), (4,)),
+    "F.layer_norm": lambda: Called(lambda x, w: F.layer_norm(x, (4,), w), (4,)),
+    "F.rms_norm": lambda: Called(lambda x, w: F.rms_norm(x, (4,), weight=w), (4,)),
+    "torch.batch_norm": lambda: Called(
+        lambda x, w, m, v: torch.batch_norm(x, w, None, m, v, False, 0.1, 1e-5, False), (4,), (4,), (4,)
+    ),
+    "torch.instance_norm": lambda: Called(
+        lambda x, w: torch.instance_norm(x, w, None, None, None, True, 0.1, 1e-5, False), (4,)
+    ),
+    "torch.layer_norm": lambda: Called(lambda x, w: torch.layer_norm(x, (4,), w), (4,)),
+    "torch.group_norm": lambda: Called(lambda x, w: torch.group_norm(x, 2, w), (4,)),
+    "torch.rms_norm": lambda: Called(lambda x, w: torch.rms_norm(x, (4,), w), (4,)),
+}  # fmt: skip
+
+
+def flows_of(model: nn.Module, inputs: Tensor) -> list[float]:
+    weights = prunable_weights(model, include="*")
+    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    return [float(score.sum()) for score in SynFlow(model, weights, (inputs, None)).scores(masks).values()]
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
+def test_synflow_is_conserved_through_every_normalisation(norm: Callable[[], nn.Module]) -> None:
+    """What flows through each layer is the same (theorem 1), and ten times a weight is ten times the flow."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1, bias=False), norm(), nn.Conv2d(4, 4, 1, bias=False), norm(), nn.Conv2d(4, 2, 1, bias=False)
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, value in (*model.named_parameters(), *model.named_buffers()):
+            if value.is_floating_point() and not name.endswith("bias"):
+                value.uniform_(0.5, 2.0)
+    inputs = torch.randn(2, 3, 4, 4)
+    flows = flows_of(model, inputs)
+    assert flows == pytest.approx([flows[0]] * 3, rel=1e-9)
+    model[0].weight.data *= 10
+    assert flows_of(model, inputs) == pytest.approx([10 * flows[0]] * 3, rel=1e-6)
+
+
+def test_synflow_scales_by_the_normalised_dimension_of_a_subclass() -> None:
+    """Channels whose gain is 0 pass nothing on, and the others what they get."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1, bias=False), ChannelsLastLayerNorm(4), nn.Conv2d(4, 2, 1, bias=False)
+    )
+    model[1].weight.data = torch.tensor([0.0, 0.0, 1.0, 3.0])
+    weights = prunable_weights(model, include="*")
+    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    scores = SynFlow(model, weights, (torch.zeros(1, 3, 4, 4), None)).scores(masks)
+    first, last = (model[i].weight.detach().double().abs().flatten(1) for i in (0, 2))
+    gains = model[1].weight.detach().double() * last.sum(0) * 16
+    torch.testing.assert_close(scores["0.weight"].flatten(1), first * gains[:, None])
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, torch.selu, F.gelu, F.silu, F.mish, F.hardswish, F.softplus],
+    ids=lambda function: function.__name__,
+)  # fmt: skip
+def test_synflow_passes_activations_that_a_forward_calls(activation: Callable) -> None:
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), Called(activation), nn.Linear(4, 2, bias=False))
+    flows = flows_of(model, torch.zeros(1, 3))
+    without = flows_of(nn.Sequential(model[0], model[2]), torch.zeros(1, 3))
+    assert flows == pytest.approx(without, rel=1e-12)
+
+
+def test_synflow_is_conserved_where_a_model_checkpoints() -> None:
+    """There the backward pass computes the norms again."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)
+            self.norm = nn.LayerNorm(4)
+
+        def block(self, x: Tensor) -> Tensor:
+            return F.rms_norm(self.norm(self.a(x)), (4,))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(checkpoint(self.block, x, use_reentrant=False))
+
+    flows = flows_of(Checkpointed(), torch.zeros(1, 3))
+    assert flows == pytest.approx([flows[0]] * 2, rel=1e-9)
+
+
+def test_synflow_of_a_convnext() -> None:
+    convnext = pytest.importorskip("torchvision").models.convnext
+    blocks = [convnext.CNBlockConfig(8, 16, 1), convnext.CNBlockConfig(16, None, 1)]
+    model = convnext.ConvNeXt(blocks, num_classes=5)
+    masks = find_masks(prune(model, 0.5, method="synflow", batch=(torch.zeros(1, 3, 32, 32), None)))
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in masks.values()) == total - round(0.5 * total)
 
 
 def test_synflow_is_finite_where_float32_overflows() -> None:

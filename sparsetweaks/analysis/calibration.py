@@ -123,10 +123,12 @@ def calibration(
     change it more than they change accuracy.
 
     Args:
-        model: a classifier: it maps inputs to scores of shape (examples, classes). It is not changed, and runs as a
-            copy with dropout off.
-        data: one pair (inputs, targets), or an iterable of them; targets are class numbers of shape (examples,), or
-            probabilities of shape (examples, classes), of which the largest counts.
+        model: a classifier: it maps inputs to scores of shape (examples, classes), or (examples, classes, positions...)
+            as in segmentation, where each position counts as an example. It is not changed, and runs as a copy with
+            dropout off.
+        data: one pair (inputs, targets), or an iterable of them; targets are class numbers of shape (examples,) or
+            (examples, positions...), or probabilities of the scores' shape, of which the largest counts. Every one must
+            be a class: positions that a loss ignores are not left out here.
         bins: equal widths of confidence. Default: 15, as in the paper.
         batch_norm: `"eval"` for the running statistics or `"train"` for the batch's.
         chunk_size: how many examples of a batch to run at once; None for all.
@@ -169,25 +171,27 @@ def calibration(
 
 def _judge(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
     """For each example the confidence, and 1 where the model is right."""
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[1] < 2:
         got = (
             f"a tensor of shape {tuple(outputs.shape)}"
             if isinstance(outputs, Tensor)
             else type(outputs).__name__
         )
         raise ValueError(
-            f"the model must put out scores of shape (examples, classes), at least 2 classes; got {got}"
+            "the model must put out scores of shape (examples, classes) or (examples, classes, positions...), "
+            f"at least 2 classes; got {got}"
         )
     if not outputs.isfinite().all():
         raise ValueError("the model's outputs are not finite: nothing to compare")
-    examples, classes = outputs.shape
+    classes, wanted = outputs.shape[1], (outputs.shape[0], *outputs.shape[2:])
     if isinstance(targets, Tensor) and targets.shape == outputs.shape:
         targets = targets.argmax(1)
-    fits = isinstance(targets, Tensor) and targets.shape == (examples,) and not targets.is_floating_point()
+    fits = isinstance(targets, Tensor) and targets.shape == wanted and not targets.is_floating_point()
     if not fits or targets.min() < 0 or targets.max() >= classes:
+        ignored = "; leave out what a loss ignores" if fits and targets.min() < 0 else ""
         raise ValueError(
-            f"the targets must be class numbers from 0 to {classes - 1} of shape ({examples},), or probabilities of "
-            f"shape ({examples}, {classes})"
+            f"the targets must be class numbers from 0 to {classes - 1} of shape {wanted}, or probabilities of "
+            f"shape {tuple(outputs.shape)}{ignored}"
         )
     confidence, chosen = outputs.double().softmax(1).max(1)
-    return confidence.cpu(), (chosen == targets).double().cpu()
+    return confidence.flatten().cpu(), (chosen == targets).double().flatten().cpu()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +150,8 @@ def compare(
         The results of each network, whole and as rows of one table.
 
     Raises:
-        ValueError: no model, or an unknown analysis; and whatever the analyses raise, with the network's name before it.
+        ValueError: no model, or an unknown analysis; and whatever an analysis raises, with the network's name before it
+            and how to leave that analysis out behind it.
 
     Example:
         >>> import torch, sparsetweaks as st
@@ -191,16 +192,22 @@ def _look(
     check_values(model)
     report = sparsity(model)
     found: dict[str, Any] = {}
-    if "paths" in wanted:
-        found["paths"] = layer_collapse(model, _one_example(model, data))
-    if "activations" in wanted:
-        found["activations"] = activation_sparsity(model, data, threshold=threshold, **options)
-    if "gradient" in wanted:
-        found["gradient"] = gradient_flow(model, data, loss, **options)
-    if "calibration" in wanted:
-        found["calibration"] = calibration(model, data, **options)
-    if "flatness" in wanted:
-        found["flatness"] = flatness(model, data, loss, **options)
+    example = _one_example(model, data)  # what is wrong with the data is no single analysis's
+    analyses: dict[str, Callable[[], Any]] = {
+        "paths": lambda: layer_collapse(model, example),
+        "activations": lambda: activation_sparsity(model, data, threshold=threshold, **options),
+        "gradient": lambda: gradient_flow(model, data, loss, **options),
+        "calibration": lambda: calibration(model, data, **options),
+        "flatness": lambda: flatness(model, data, loss, **options),
+    }
+    for name, analyse in analyses.items():
+        if name in wanted:
+            try:
+                found[name] = analyse()
+            except ValueError as error:
+                others = tuple(each for each in wanted if each != name)
+                hint = f" (by {name!r}, which analyses={others} leaves out)" if others else ""
+                raise ValueError(f"{error}{hint}") from error
     return Looked(report.parameters_kept + report.added_kept, report.overall, **found)
 
 

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsetweaks.calling import call
+from sparsetweaks.copying import check_model
+
 IGNORE_INDEX = -100  # PyTorch's
 FORMS = ("uniform", "wrong")
 SMOOTHING = 0.1  # the paper's, and its authors' code's
@@ -158,7 +161,8 @@ def distillation_loss(
     weight * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - weight) * label_loss(student,
     labels). The factor T^2 keeps the two parts' gradients in proportion whatever T is. The paper's teacher is
     the dense network; it published neither temperature nor weight: the defaults are those of the usual
-    CIFAR benchmark (Tian et al. 2020).
+    CIFAR benchmark (Tian et al. 2020). Where a class label is `label_loss.ignore_index` (-100 if it has none),
+    the teacher does not count either.
 
     A teacher that is a module runs without gradient and in eval mode; afterwards every one of its modules is
     in the mode it was in.
@@ -168,16 +172,19 @@ def distillation_loss(
         labels: class labels (N) or (N, ...), or probabilities like the logits; may be left out if `weight` is
             1.
         teacher: a module that maps `inputs` to logits, or the logits themselves, shaped as `student_logits`.
-        inputs: what the teacher module is called with; left out for precomputed logits.
+        inputs: what one call of the teacher module takes, without labels: a tensor, a tuple of arguments or a
+            mapping of keyword arguments; left out for precomputed logits.
         temperature: T > 0; higher values show more of how the teacher ranks the wrong classes.
         weight: share of the teacher's part, in [0, 1].
         label_loss: loss of the true labels; `SoftLabelLoss()` smooths them too.
 
     Returns:
-        The loss, a scalar: a mean over the samples (and positions).
+        The loss, a scalar: a mean over the samples (and positions) that are not ignored.
 
     Raises:
-        ValueError: for shapes that do not fit, missing inputs or labels, and values out of range.
+        TypeError: the teacher is neither.
+        ValueError: for shapes that do not fit, a teacher that fails on the inputs, missing inputs or labels, and
+            values out of range.
 
     Example:
         >>> student, labels = torch.zeros(2, 3), torch.tensor([0, 1])
@@ -197,18 +204,23 @@ def distillation_loss(
             f"got {tuple(teacher_logits.shape)} and {tuple(student_logits.shape)}"
         )
     student = _at_least_float32(student_logits)
-    divergence = _divergence(_at_least_float32(teacher_logits) / temperature, student / temperature)
+    counted = None
+    if labels is not None:
+        ignore_index = getattr(label_loss, "ignore_index", IGNORE_INDEX)
+        check_targets(student, labels, ignore_index=ignore_index)
+        counted = None if labels.is_floating_point() else labels != ignore_index
+    divergence = _divergence(_at_least_float32(teacher_logits) / temperature, student / temperature, counted)
     soft = divergence * temperature**2  # the factor undoes what the temperature takes from the gradient
     if labels is None or weight == 1:
         return soft * weight
-    check_targets(student, labels, ignore_index=getattr(label_loss, "ignore_index", IGNORE_INDEX))
     return soft * weight + label_loss(student, labels) * (1 - weight)
 
 
-def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(softmax(teacher) || softmax(student)) over dimension 1, a mean over all else."""
+def _divergence(teacher: Tensor, student: Tensor, counted: Tensor | None) -> Tensor:
+    """KL(softmax(teacher) || softmax(student)) over dimension 1, a mean over all else that is counted."""
     terms = F.kl_div(F.log_softmax(student, 1), F.log_softmax(teacher, 1), reduction="none", log_target=True)
-    return terms.sum(1).mean()
+    each = terms.sum(1)
+    return each.mean() if counted is None else each.masked_fill(~counted, 0).sum() / counted.sum()
 
 
 def _teacher_logits(teacher: nn.Module | Tensor, inputs: Any) -> Tensor:
@@ -216,10 +228,11 @@ def _teacher_logits(teacher: nn.Module | Tensor, inputs: Any) -> Tensor:
         if inputs is not None:
             raise ValueError("inputs are for a teacher that is a module: leave them out with its logits")
         return teacher.detach()
+    check_model(teacher)
     if inputs is None:
         raise ValueError("a teacher that is a module needs inputs=, what the student was called with")
     with _evaluating(teacher), torch.no_grad():
-        logits = teacher(inputs)
+        logits = call(teacher, inputs)
     if not isinstance(logits, Tensor):
         raise ValueError(f"the teacher returned a {type(logits).__name__}: pass its logits as teacher=")
     return logits

@@ -18,24 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparsetweaks.copying import copy_model
+from sparsetweaks.calling import LOW_PRECISION, call, device_of, map_tensors, tensors
+from sparsetweaks.copying import check_model, copy_model
 from sparsetweaks.errors import SurgeryError
 from sparsetweaks.masks import find_masks
 from sparsetweaks.probing import (
-    LOW_PRECISION,
     Loss,
     Pair,
-    call,
     check_iterable,
     check_pair,
     cross_entropy,
-    device_of,
     is_pair,
-    map_tensors,
     probe_copy,
     rng_restored,
-    tensors,
 )
+from sparsetweaks.prunable import check_values
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -148,7 +145,9 @@ def learn_layer_scales(
         A new model with scaled weights.
 
     Raises:
-        SurgeryError: for a batch that does not fit, a model with nothing to scale, and a loss or gradient
+        TypeError: what is given is no module.
+        SurgeryError: for a batch that does not fit, a model without values (lazy, meta device) or with nothing to
+            scale, and a loss or gradient
             that is not finite (naming the layer first at fault) or zero everywhere.
         ValueError: for an option out of range.
 
@@ -246,6 +245,7 @@ def scale_layers(model: Model, scales: Mapping[str, float]) -> Model:
         A new model. Zeros, masks and every parameter that is not named are as before.
 
     Raises:
+        TypeError: what is given is no module.
         ValueError: for a name that the model lacks, and a scale that is negative or not finite.
 
     Example:
@@ -253,6 +253,7 @@ def scale_layers(model: Model, scales: Mapping[str, float]) -> Model:
         >>> torch.equal(scale_layers(layer, {"weight": 2.0}).weight, 2 * layer.weight)
         True
     """
+    check_model(model)
     parameters = _floating_parameters(model)
     unknown = sorted(set(scales) - set(parameters))
     if unknown:
@@ -327,6 +328,8 @@ class _Search:
     """One run of GradInit, on a copy of the model whose weights it scales in place."""
 
     def __init__(self, model: nn.Module, settings: _Settings) -> None:
+        check_model(model)
+        check_values(dict(model.named_parameters()))
         self.settings = settings
         self.model, self.widened = probe_copy(model)
         self.tensors = {n: p for n, p in _floating_parameters(self.model).items() if p.requires_grad}

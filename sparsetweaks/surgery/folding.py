@@ -20,9 +20,11 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 from torch.utils import _pytree as pytree
 
+from sparsetweaks.calling import call
 from sparsetweaks.copying import Model, copy_model
 from sparsetweaks.errors import NoEffectWarning, SurgeryError
 from sparsetweaks.masks import find_masks
+from sparsetweaks.probing import rng_restored
 from sparsetweaks.prunable import added_modules
 from sparsetweaks.surgery import sites as s
 from sparsetweaks.surgery.activations import become
@@ -92,8 +94,8 @@ def fold(model: Model, *, inputs: Any = None, where: s.Where = None, tolerance: 
 
     Args:
         model: any module, with skips or not, masked or not, in any mask form. Its statistics should be trained.
-        inputs: what to call the model with, a tensor or a tuple of arguments, to check that the folded model agrees;
-            None checks nothing.
+        inputs: what one call of the model takes, without labels: a tensor, a tuple of positional or a mapping of keyword
+            arguments, to check that the folded model agrees; None checks nothing.
         where: glob pattern(s) on the path of a convolution, or a predicate on a `Site`; default: everything.
         tolerance: largest difference of an output relative to the largest output that agrees. Default: by the
             outputs' dtype, 1e-10 in float64, 1e-4 in float32, 1e-2 in float16, 5e-2 in bfloat16.
@@ -107,7 +109,7 @@ def fold(model: Model, *, inputs: Any = None, where: s.Where = None, tolerance: 
 
     Raises:
         ValueError: for a pattern that matches nothing.
-        SurgeryError: if the outputs for `inputs` do not agree.
+        SurgeryError: if the outputs for `inputs` do not agree, or the model fails on them.
 
     Warns:
         NoEffectWarning: if there is nothing to fold.
@@ -556,11 +558,9 @@ def _check(model: nn.Module, folded: nn.Module, inputs: Any, tolerance: float | 
 def _outputs(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
     """All tensors that a copy of the model gives in eval mode."""
     runner = copy_model(model).eval()
-    given = inputs if isinstance(inputs, tuple) else (inputs,)
-    given = pytree.tree_map(lambda each: each.clone() if isinstance(each, torch.Tensor) else each, given)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # both draw the same numbers, if they draw any
-        return [each for each in pytree.tree_leaves(runner(*given)) if isinstance(each, torch.Tensor)]
+    with torch.no_grad(), rng_restored(model):  # so that both models draw the same numbers, if they draw any
+        outputs = call(runner, inputs)
+    return [each for each in pytree.tree_leaves(outputs) if isinstance(each, torch.Tensor)]
 
 
 def _distance(expected: torch.Tensor, found: torch.Tensor) -> float:

@@ -81,3 +81,25 @@ def test_mistakes_are_named():
         calibration(nn.Identity(), (two * math.nan, torch.tensor([0, 1])))
     with pytest.raises(ValueError, match="no batch"):
         calibration(nn.Identity(), [])
+
+
+@pytest.mark.parametrize("positions", [(5,), (3, 4)])
+@pytest.mark.parametrize("soft", [False, True])
+def test_each_position_of_dense_scores_is_an_example(positions, soft):
+    draw = torch.Generator().manual_seed(0)
+    dense = torch.randn(6, 3, *positions, generator=draw)
+    targets = torch.randint(3, (6, *positions), generator=draw)
+    flat = dense.movedim(1, -1).reshape(-1, 3)
+    given = torch.nn.functional.one_hot(targets, 3).movedim(-1, 1).float() if soft else targets
+    found = calibration(nn.Identity(), (dense, given), chunk_size=4)
+    wanted = calibration(nn.Identity(), (flat, targets.flatten()))
+    assert found.examples == 6 * math.prod(positions)
+    assert [each.examples for each in found.bins] == [each.examples for each in wanted.bins]
+    assert (found.error, found.accuracy) == pytest.approx((wanted.error, wanted.accuracy))
+
+
+def test_positions_that_a_loss_ignores_are_refused():
+    targets = torch.zeros(2, 5, dtype=torch.long)
+    targets[0, 0] = -100
+    with pytest.raises(ValueError, match=r"from 0 to 2 of shape \(2, 5\).*leave out what a loss ignores"):
+        calibration(nn.Identity(), (torch.zeros(2, 3, 5), targets))

@@ -66,3 +66,23 @@ def test_mistakes_are_named():
         compare({"a": ticket(), "b": nn.Sequential(nn.Linear(9, 3), nn.ReLU())}, DATA, F.cross_entropy)
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module"):
         compare({"a": 3}, DATA, F.cross_entropy)
+
+
+def test_a_segmentation_is_compared():
+    model = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 3, 1))
+    batch = DATA[0], torch.randint(3, (12, 6, 6), generator=GENERATOR)
+    found = compare({"one": model}, batch, F.cross_entropy)
+    assert found.networks["one"].calibration.examples == 12 * 36
+
+
+def test_an_analysis_that_does_not_fit_is_named_with_how_to_leave_it_out():
+    regression = nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 1))
+    batch = torch.randn(4, 2, generator=GENERATOR), torch.randn(4, 1, generator=GENERATOR)
+    message = (
+        r"'one': the model must put out scores.*analyses=\('paths', 'activations', 'gradient'\) leaves out"
+    )
+    with pytest.raises(ValueError, match=message):
+        compare({"one": regression}, batch, F.mse_loss)
+    assert compare({"one": regression}, batch, F.mse_loss, analyses=("paths", "activations", "gradient"))
+    with pytest.raises(ValueError, match=r"only once: pass a list or a DataLoader$"):  # no analysis's fault
+        compare({"one": regression}, iter([batch]), F.mse_loss)

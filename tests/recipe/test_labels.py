@@ -210,7 +210,7 @@ def test_the_teacher_evaluates_and_is_left_as_it_was(fails):
     student = torch.randn(4, 3, requires_grad=True)
     rng = torch.get_rng_state()
     if fails:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ValueError, match="the model fails on inputs of shape"):
             distillation_loss(student, labels, teacher=teacher, inputs=inputs[:, :2])
     else:
         loss = distillation_loss(student, labels, teacher=teacher, inputs=inputs)
@@ -297,3 +297,44 @@ LABELS = torch.tensor([0, 2])
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Distillation beside ignored labels, and its inputs
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, SoftLabelLoss(ignore_index=255)], ids=["-100", "255"])
+@pytest.mark.parametrize("weight", [0.6, 1.0])
+def test_the_teacher_does_not_count_where_a_label_is_ignored(loss, weight):
+    """As if those positions were not there: the padding of a sentence teaches nothing."""
+    student, labels = logits_and_labels(0, 4, 5, (6,))
+    teacher, _ = logits_and_labels(1, 4, 5, (6,))
+    ignored = torch.rand(4, 6, generator=torch.Generator().manual_seed(2)) < 0.4
+    padded = labels.masked_fill(ignored, getattr(loss, "ignore_index", -100))
+    student.requires_grad_(True)
+    found = distillation_loss(student, padded, teacher=teacher, weight=weight, label_loss=loss)
+    rows, others = (each.movedim(1, -1)[~ignored] for each in (student, teacher))
+    wanted = distillation_loss(rows, labels[~ignored], teacher=others, weight=weight, label_loss=loss)
+    torch.testing.assert_close(found, wanted)
+    (gradient,) = torch.autograd.grad(found, student)
+    assert not gradient.movedim(1, -1)[ignored].any() and gradient.any()
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"input": x}, lambda x: x.double()])
+def test_a_teachers_inputs_are_what_one_call_takes(wrap):
+    teacher, inputs = nn.Linear(3, 4), torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    student, labels = logits_and_labels(0, 2, 4)
+    wanted = distillation_loss(student, labels, teacher=teacher(inputs))
+    assert distillation_loss(student, labels, teacher=teacher, inputs=wrap(inputs)) == wanted
+    with pytest.raises(ValueError, match="without labels"):
+        distillation_loss(student, labels, teacher=teacher, inputs=(inputs, labels))
+
+
+def test_distillation_compiles_whole():
+    teacher, inputs = nn.Linear(3, 4), torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    student, labels = logits_and_labels(0, 2, 4)
+    labels[0] = -100
+    step = torch.compile(
+        lambda s, y, x: distillation_loss(s, y, teacher=teacher(x).detach()), backend="eager", fullgraph=True
+    )
+    assert step(student, labels, inputs) == distillation_loss(student, labels, teacher=teacher(inputs))
