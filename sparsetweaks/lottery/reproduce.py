@@ -176,7 +176,11 @@ def _of_rows(figure: str, rows: Sequence[Mapping[str, Any]]) -> _Made:
 def _by_seed(settings: Mapping[str, Summary], line: Mapping[str, Any]) -> dict[str, str]:
     """The accuracies behind a line of numbers, so that any contrast can be taken of the file."""
     cell = settings[line["setting"]][line["sparsity"]][line["variant"]]
-    return {"by_seed": " ".join(f"{seed}:{value:.6g}" for seed, value in sorted(cell.by_seed.items()))}
+    told = [
+        f"{ticket if ticket == training else f'{ticket}/{training}'}:{value:.6g}"
+        for (ticket, training), value in sorted(cell.by_seed.items())
+    ]
+    return {"by_seed": " ".join(told)}
 
 
 def _of_looks(
