@@ -8,6 +8,7 @@ weights at zero.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -423,7 +424,9 @@ class _Search:
         """The loss after the step, and the objective's gradient with respect to the weights there."""
         before = [parameter.detach().clone() for parameter in self.parameters]
         # The step's graph, where there is one, holds the parameters: they come back as they were, to the bit.
-        with torch.autograd._unsafe_preserve_version_counter(tuple(self.parameters)):
+        with contextlib.ExitStack() as kept:
+            for parameter in self.parameters:  # one by one: torch 2.6 takes no tuple
+                kept.enter_context(torch.autograd._unsafe_preserve_version_counter(parameter))
             with torch.no_grad():
                 for parameter, part in zip(self.parameters, step, strict=True):
                     parameter.sub_(part)
