@@ -215,6 +215,10 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "esm": {"pad_token_id": 1, "mask_token_id": 4},
     "gemma3n": {"text_config.vocab_size_per_layer_input": 200},
     "gemma3n_text": {"vocab_size_per_layer_input": 200},
+    "glm5_next": {
+        "text_config.layer_types": ["linear_attention", "indexed_attention"],
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+    },
     "granite4_vision": {
         "deepstack_layer_map": [(0, 0), (1, 1)],
         "downsample_rate": "1/2",
@@ -551,7 +555,8 @@ def specimens(name: str) -> Iterator[tuple[Callable[[], Any], Any, str, Any]]:
     if name in CLASSES:
         cls = operator.attrgetter(CLASSES[name])(transformers)
     else:
-        cls = transformers.MODEL_MAPPING[type(transformers.AutoConfig.for_model(name))]
+        classes = transformers.MODEL_MAPPING[type(transformers.AutoConfig.for_model(name))]
+        cls = classes[0] if isinstance(classes, tuple) else classes
     takes = set(inspect.signature(cls.forward).parameters)
     for factor, size in ((8, 64), (4, 64), (2, 64), (1, 64), (8, None), (1, None)):
         config = transformers.AutoConfig.for_model(name, **arguments)
