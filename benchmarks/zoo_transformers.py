@@ -215,6 +215,11 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "esm": {"pad_token_id": 1, "mask_token_id": 4},
     "gemma3n": {"text_config.vocab_size_per_layer_input": 200},
     "gemma3n_text": {"vocab_size_per_layer_input": 200},
+    "glm4v_moe": {
+        "text_config.num_attention_heads": 8,
+        "text_config.num_key_value_heads": 4,
+        "text_config.rope_parameters": rotary([4, 6, 6]) | {"partial_rotary_factor": 0.5},
+    },
     "glm5_next": {
         "text_config.layer_types": ["linear_attention", "indexed_attention"],
         "text_config.mlp_layer_types": ["dense", "sparse"],
@@ -240,6 +245,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "instructblipvideo": {"video_token_id": 190},
     "kosmos-2": {"latent_query_num": 4},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
+    "lfm3_vl": {"text_config.layer_types": ["conv", "full_attention"]},
     "minicpm_ocr": MINICPM,
     "minicpmv4_6": MINICPM,
     "minicpmv4_7": MINICPM,
