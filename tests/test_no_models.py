@@ -29,6 +29,7 @@ def keep(model):
 TAKE_A_MODEL = {
     "anneal_ghosts": lambda model, folder: st.anneal_ghosts(model, 1.0),
     "apply_masks": lambda model, folder: st.apply_masks(model, MASKS),
+    "changes": lambda model, folder: st.changes(model),
     "convert_masks": lambda model, folder: st.convert_masks(model, to="zeros"),
     "copy_model": lambda model, folder: st.copy_model(model),
     "cost": lambda model, folder: st.cost(model, INPUTS),
@@ -63,8 +64,8 @@ TAKE_A_MODEL = {
     "verify": lambda model, folder: st.verify(model, network()),
     "verify after": lambda model, folder: st.verify(network(), model),
 }
-OTHERS = {"changes", "is_semi_structured", "load_sparse", "smooth_labels"}
-"""They take no model, or one among other things; `changes` has no more than a note on any object to look up."""
+OTHERS = {"is_semi_structured", "load_sparse", "smooth_labels"}
+"""They take no model, or one among other things."""
 
 NEED_VALUES = (
     "cost", "export", "export sparse", "export onnx", "find_layer_scales", "learn_layer_scales", "match_budget", "prune",

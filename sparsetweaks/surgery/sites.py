@@ -102,6 +102,7 @@ def changes(model: nn.Module) -> tuple[Change, ...]:
         >>> print(st.changes(st.swap_activations(model, "mish"))[0])
         swap_activations to mish: 1 sites rewritten, 0 left as they are
     """
+    check_model(model)
     return vars(model).get("_changes", ())
 
 
@@ -217,7 +218,7 @@ def activation_sites(model: nn.Module, kinds: Sequence[str], scopes: Scopes) -> 
             trace = scopes.trace(module)
         except Untraceable as reason:
             opaque |= {id(child) for child in module.children()}
-            found += _unread(scope, module, wanted, spelled & scopes.names(module), reason)
+            found += _unread(scope, module, wanted, scopes.names(module), reason)
             continue
         found += _calls(scope, module, trace, wanted)
         for case in trace.cases:
@@ -268,10 +269,12 @@ def _unread(
     scope: str, module: nn.Module, wanted: tuple[str, ...], mentions: Set[str], reason: Untraceable
 ) -> Iterator[Found]:
     """What an untraceable forward holds: attributes that are known functions, and calls that its code mentions."""
+    asks = sorted(mentions & {"vars", "__dict__"})  # where a module that takes a function's place is not
+    left = f"its code asks for attributes by {asks[0]}" if asks else None
     for name, value in vars(module).items():
         kind = k.kind_of_function(value)
         if kind is not None and kind.name in wanted:
-            yield Found(Site(scope, name, kind.name, "attribute"), module)
+            yield Found(Site(scope, name, kind.name, "attribute", left=left), module)
     children = set(module._modules)
     for name, value in vars(module).items():
         value = list(value.values()) if isinstance(value, dict) and name not in BASE_ATTRIBUTES else value

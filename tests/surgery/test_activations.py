@@ -273,6 +273,24 @@ def test_subclasses_without_a_forward_of_their_own_are_found_and_unregistered_on
     assert [(site.path, site.left) for site in sites] == [("0", None), ("1.hidden", "it is not registered")]
 
 
+def test_a_function_that_a_forward_looks_for_by_vars_is_left():
+    # a module in its place would be held elsewhere, and the forward would go on without it
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = torch.Tensor.relu
+
+        def forward(self, x):
+            return self.act(x) if "act" in vars(self) else x
+
+    model, x = Asks(), torch.randn(8)
+    (site,) = st.find_activations(model)
+    assert (site.path, site.left) == ("act", "its code asks for attributes by vars")
+    for to in (nn.PReLU, lambda x: F.relu(x)):
+        with pytest.warns(st.NoEffectWarning):
+            assert torch.equal(st.swap_activations(model, to)(x), model(x))
+
+
 def test_a_helper_held_by_a_forward_that_cannot_be_traced_is_named():
     class Holds(nn.Module):
         def __init__(self):
