@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -141,14 +141,25 @@ def check_values(named: Mapping[str, Tensor]) -> None:
             )
 
 
-def how_to_mask(model: nn.Module) -> str:
-    """What to do with a model that has no masks and should have some, for an error message."""
+def zeros_without_mask(model: nn.Module, masked: Container[nn.Parameter] = frozenset()) -> tuple[int, int]:
+    """Exact zeros among the prunable weights that are not `masked`, 0 if they may come by chance; and all those weights."""
     zeros = total = 0
     for weight in select_weights(model):
-        if weight.parameter is not None and not (is_lazy(weight.parameter) or weight.parameter.is_meta):
-            total += weight.parameter.numel()
-            zeros += int((weight.parameter.detach() == 0).sum())
-    if zeros > _ZEROS_BY_CHANCE * total:
+        parameter = weight.parameter
+        if (
+            parameter is not None
+            and parameter not in masked
+            and not (is_lazy(parameter) or parameter.is_meta)
+        ):
+            total += parameter.numel()
+            zeros += parameter.numel() - int(parameter.detach().count_nonzero())
+    return (zeros if zeros > _ZEROS_BY_CHANCE * total else 0), total
+
+
+def how_to_mask(model: nn.Module) -> str:
+    """What to do with a model that has no masks and should have some, for an error message."""
+    zeros, total = zeros_without_mask(model)
+    if zeros:
         return (
             f"{zeros:,} of its {total:,} prunable weights are exactly zero: if they are pruned, make a mask of them "
             "first, apply_masks(model, find_masks(model, zeros=True))"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from sparsetweaks.calling import map_tensors, tensors
 from sparsetweaks.copying import check_model, copy_model
 
 Batch = tuple[Any, Any]
@@ -147,8 +148,8 @@ class Batches:
             size = self.chunk_size or count
             for start in range(0, count, size):
                 found = True
-                part = pair if size >= count else _map(lambda t: t[start : start + size], pair)  # noqa: B023
-                inputs, targets = _map(self._arrived, part)
+                part = pair if size >= count else map_tensors(lambda t: t[start : start + size], pair)  # noqa: B023
+                inputs, targets = map_tensors(self._arrived, part)
                 yield Chunk(inputs, targets, min(size, count - start))
         if not found:
             raise ValueError("the data hold no batch: pass (inputs, targets), or an iterable of such pairs")
@@ -156,14 +157,14 @@ class Batches:
     def _check(self, pair: Any) -> int:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
             raise ValueError(f"each batch must be a pair (inputs, targets), got a {type(pair).__name__}")
-        if not (inputs := list(_tensors(pair[0]))):
+        if not (inputs := list(tensors(pair[0]))):
             raise ValueError(f"the inputs must be tensors, or hold them, got a {type(pair[0]).__name__}")
         if any(tensor.ndim == 0 for tensor in inputs):
             raise ValueError("the inputs must have a first dimension of examples, got a tensor without any")
         count = len(inputs[0])
         if count == 0:
             raise ValueError("a batch holds no example")
-        wrong = {len(t) if t.ndim else 0 for t in _tensors(pair)} - {count}
+        wrong = {len(t) if t.ndim else 0 for t in tensors(pair)} - {count}
         targets = pair[1]
         if isinstance(targets, Tensor) and targets.ndim > 0 and len(targets) != count:
             raise ValueError(f"a batch has {count} inputs but {len(targets)} targets")
@@ -200,28 +201,6 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: _map(function, part) for key, part in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(function, part) for part in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map(function, part) for part in value)
-    return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The loss
 
@@ -233,7 +212,7 @@ def run(model: nn.Module, chunk: Chunk) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, IndexError) as error:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(chunk.inputs))
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(chunk.inputs))
         raise ValueError(f"the model fails on these inputs (shape {shapes}): {error}") from error
 
 

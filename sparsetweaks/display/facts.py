@@ -12,16 +12,12 @@ from torch.nn.parameter import is_lazy
 
 from sparsetweaks.display.parts import Mark, Part, pair, read
 from sparsetweaks.masks import masks_by_parameter
-from sparsetweaks.prunable import select_weights
+from sparsetweaks.prunable import zeros_without_mask
 from sparsetweaks.surgery.programs import original_class
 from sparsetweaks.surgery.sites import Change, Site, changes
 
 _SCALE_TOLERANCE = 1e-5
 """How far kept weights may be from a multiple of what they were, relative to the largest, and count as scaled."""
-
-
-_ZEROS_BY_CHANCE = 1e-4
-"""The fraction of exact zeros up to which nobody pruned: a fresh ResNet-152 has 7 of them among 58 million weights."""
 
 
 @dataclass(frozen=True)
@@ -132,12 +128,8 @@ def _masks(model: nn.Module) -> dict[nn.Parameter, Tensor]:
 
 
 def _about_masks(model: nn.Module, masked: Mapping[nn.Parameter, Tensor]) -> list[str]:
-    zeros = total = 0
-    for weight in select_weights(model):
-        if weight.parameter is not None and weight.parameter not in masked and not weight.parameter.is_meta:
-            total += weight.parameter.numel()
-            zeros += weight.parameter.numel() - int(weight.parameter.detach().count_nonzero())
-    if zeros > _ZEROS_BY_CHANCE * total:
+    zeros, _ = zeros_without_mask(model, masked)
+    if zeros:
         return [
             f"{zeros:,} prunable weights are exactly zero without a mask, and count as kept: "
             "apply_masks(model, find_masks(model, zeros=True)) makes them one"
