@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from sparsetweaks.lottery.claims import POINTS, TIMES
+from sparsetweaks.lottery.config import VARIANTS
 from sparsetweaks.lottery.figures import FIGURES
-from sparsetweaks.lottery.results import read_rows, read_table, summarise, table
+from sparsetweaks.lottery.results import Cell, grid_of, read_rows, read_table, summarise, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -78,6 +79,64 @@ def ghosts() -> str:
             f"of vanilla: {', '.join(slower)}.",
         ]
     )
+
+
+def where() -> str:
+    """The tables of `where.py`: gains over vanilla by place, bold beyond noise; forms of a tweak apart from the tweaks."""
+    parts: list[str] = []
+    for path in sorted(RESULTS.glob("where-*.csv")):
+        of_forms: dict[str, dict[str, Cell]] = {}  # by network
+        for network, rows in _groups(read_rows(path), "architecture").items():
+            places: dict[str, dict[str, Cell]] = {}
+            for epochs, some in _groups(rows, "epochs").items():
+                ((title, summary),) = summarise(some).items()
+                for sparsity, cells in sorted(summary.items()):
+                    forms = {name: cell for name, cell in cells.items() if name not in VARIANTS}
+                    if forms:
+                        of_forms[network] = {"vanilla": cells["vanilla"], **forms}
+                    if sparsity:
+                        place = f"{100 * sparsity:.3g} %, {epochs} epochs"
+                        places[place] = {name: cell for name, cell in cells.items() if name in VARIANTS}
+            parts += [
+                f"{title.split(', iterative')[0]}, and other lengths:",
+                _gains(places, list(VARIANTS)),
+                "",
+            ]
+        parts += [
+            "Forms of the tweaks, at the sparsity and length where all are compared:",
+            _gains(of_forms),
+            "",
+        ]
+    return "\n".join(parts[:-1]) if parts else "Not run yet."
+
+
+def _groups(rows: list[dict[str, str]], column: str) -> dict[str, list[dict[str, str]]]:
+    """Rows by their value in a column, the numbers in their order."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        found.setdefault(row[column], []).append(row)
+    return {value: found[value] for value in sorted(found, key=lambda value: (len(value), value))}
+
+
+def _gains(places: dict[str, dict[str, Cell]], names: list[str] | None = None) -> str:
+    """Accuracies of vanilla, and what each variant gains over it in every place; bold where the interval leaves out 0."""
+    known = list(dict.fromkeys(name for cells in places.values() for name in cells))
+    lines = [["points gained over vanilla", *places]]
+    for name in (name for name in names or known if name in known):
+        line = [f"({name}, %)" if name == "vanilla" else name]
+        for cells in places.values():
+            cell = cells.get(name)
+            gain = cell if cell is None or name == "vanilla" else cell.over(cells["vanilla"])
+            line.append("" if gain is None else _with_interval(gain, "" if name == "vanilla" else "+"))
+        lines.append(line)
+    return grid_of(lines)
+
+
+def _with_interval(cell: Cell, sign: str) -> str:
+    if cell.interval is None:
+        return f"{cell.mean:{sign}.1f} (one seed)"
+    text = f"{cell.mean:{sign}.1f} ± {cell.interval:.1f}"
+    return f"**{text}**" if sign and abs(cell.mean) > cell.interval else text
 
 
 def paper_and_ours() -> str:
@@ -191,6 +250,7 @@ def zoo() -> str:
 SECTIONS = {
     "real images": real_images,
     "ghosts": ghosts,
+    "where": where,
     "paper and ours": paper_and_ours,
     "zoo": zoo,
     "speed": speed,

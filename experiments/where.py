@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from sparsetweaks.lottery.config import LotteryError, Tweaks, variant
+from sparsetweaks.lottery.config import RunError, Tweaks, variant
 from sparsetweaks.lottery.experiment import Experiment, spend_row, tickets_of
 from sparsetweaks.lottery.figures import PRESETS
 from sparsetweaks.lottery.reproduce import experiments
@@ -106,7 +106,7 @@ def run(experiment: Experiment, preset: str, out: Path, device: str) -> None:
                     ticket, name, tweaks, experiment.source, recipe,
                     seed=seed, folder=out, device=device, on_epoch=show,
                 )  # fmt: skip
-            except LotteryError as error:
+            except RunError as error:
                 told = {"run": key, "variant": name, "architecture": ticket.network.name, "seed": seed}
                 append_row(failed, {**told, "epochs": recipe.epochs, "reason": str(error)})
             else:

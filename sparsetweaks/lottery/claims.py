@@ -56,7 +56,8 @@ def verdict(expects: str, contrasts: Sequence[Cell], margin: tuple[float, float]
     """Whether contrasts bear a claim out, by their 95 % intervals.
 
     "higher" and "lower" hold where the interval lies above or below zero, "equal" where it lies within the margin, and
-    "other" where it lies outside; "no lower" holds where it lies above the margin's lower end.
+    "other" where it lies outside; "no lower" holds where it lies above the margin's lower end. A difference that is beyond
+    noise and yet within the margin is told as such: a few seeds that happen to agree make any interval narrow.
 
     Args:
         expects: a name of `EXPECTATIONS`.
@@ -72,17 +73,26 @@ def verdict(expects: str, contrasts: Sequence[Cell], margin: tuple[float, float]
         >>> verdict("higher", [better], POINTS), verdict("equal", [about], POINTS)
         ('in agreement', 'not settled')
     """
-    holds = []
-    for each in contrasts:
-        wide = each.interval
-        if wide is None:
-            return "one seed settles nothing"
-        holds.append(_holds(expects, each.mean - wide, each.mean + wide, margin))
-    if all(holds):
-        return "in agreement"
-    if False not in holds:
+    ranges = [
+        (each.mean - each.interval, each.mean + each.interval)
+        for each in contrasts
+        if each.interval is not None
+    ]
+    if len(ranges) < len(contrasts):
+        return "one seed settles nothing"
+    holds = [_holds(expects, low, high, margin) for low, high in ranges]
+    if not all(holds) and False not in holds:
         return "not settled"
-    return EXPECTATIONS[expects] if len(holds) == 1 else "not as in the paper, beyond noise"
+    least, most = margin
+    slight = expects in ("higher", "lower") and all(least <= low and high <= most for low, high in ranges)
+    words = (
+        "in agreement"
+        if all(holds)
+        else EXPECTATIONS[expects]
+        if len(holds) == 1
+        else "not as in the paper, beyond noise"
+    )
+    return f"{words}, but by less than counts as a difference" if slight else words
 
 
 def _holds(expects: str, low: float, high: float, margin: tuple[float, float]) -> bool | None:

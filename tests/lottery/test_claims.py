@@ -17,6 +17,7 @@ HIGHER = {"vanilla": (2.0, 4.0, 8.0), "swish": (1.0, 2.1, 3.9)}
 OPPOSITE = "the opposite, beyond noise"
 DIFFERENT = "not as in the paper: a difference, where it finds almost none"
 ALIKE = "not as in the paper: almost no difference, where it finds one"
+SLIGHTLY = ", but by less than counts as a difference"
 
 
 def between(low: float, high: float) -> Cell:
@@ -36,6 +37,8 @@ def between(low: float, high: float) -> Cell:
         ("lower", -2.0, -0.1, "in agreement"),
         ("lower", 0.1, 2.0, OPPOSITE),
         ("lower", -0.1, 0.1, "not settled"),
+        ("higher", 0.1, 0.4, f"in agreement{SLIGHTLY}"),
+        ("lower", 0.1, 0.4, f"{OPPOSITE}{SLIGHTLY}"),
         ("no lower", -0.4, 3.0, "in agreement"),
         ("no lower", -3.0, -0.6, OPPOSITE),
         ("no lower", -0.6, 3.0, "not settled"),
@@ -63,6 +66,7 @@ def test_ratios_have_their_own_margin() -> None:
         DIFFERENT,
         DIFFERENT,
     ]
+    assert verdict("higher", [between(0.01, 0.09)], TIMES) == f"in agreement{SLIGHTLY}"
 
 
 def test_several_contrasts_have_to_hold_all() -> None:
