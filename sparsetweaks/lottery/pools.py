@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsetweaks.lottery.config import LotteryError, Recipe, Tweaks, key
+from sparsetweaks.lottery.config import Recipe, RunError, Tweaks, key
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.files import State
-from sparsetweaks.lottery.spend import load_run, row, run_key, spend
+from sparsetweaks.lottery.spend import load_run, named, row, run_key, spend, title_of
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import (
     Trained,
@@ -57,15 +57,14 @@ def pool(
         What came of it, kept like a training.
 
     Raises:
-        LotteryError: when no other ticket is of the same network, initialisation and data.
+        RunError: as `spend`, and when no other ticket is of the same network, initialisation and data.
     """
-    neighbours = _neighbours(ticket, tickets)
-    path = folder / f"{pool_key(ticket, tickets, recipe, seed=seed, device=data.mean.device)}.safetensors"
-    if path.is_file():
-        return load_run(path)
-    own, *others = (
-        spend(each, Tweaks(), data, recipe, seed=seed, folder=folder) for each in (ticket, *neighbours)
-    )
+    with named(title_of(ticket, NAME, seed)):
+        pooled = (ticket, *_neighbours(ticket, tickets))
+        path = folder / f"{pool_key(ticket, tickets, recipe, seed=seed, device=data.mean.device)}.safetensors"
+        if path.is_file():
+            return load_run(path)
+        own, *others = (spend(each, Tweaks(), data, recipe, seed=seed, folder=folder) for each in pooled)
     started, device = time.perf_counter(), data.mean.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(recipe, device))
     best, validation = own.weights["best"], own.validation
@@ -128,7 +127,7 @@ def _neighbours(ticket: Ticket, tickets: Sequence[Ticket]) -> list[Ticket]:
         if (each.network, each.fingerprint, each.seed) == same and each.identity != ticket.identity
     ]
     if not others:
-        raise LotteryError(
+        raise RunError(
             f"{NAME} interpolates a ticket with others of the same drawing: give the tickets of several levels"
         )
     return sorted(others, key=lambda each: (abs(each.level - ticket.level), each.sparsity))[:NEIGHBOURS]
