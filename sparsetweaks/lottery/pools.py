@@ -26,8 +26,9 @@ from sparsetweaks.lottery.train import (
     refresh_statistics,
     save_trained,
 )
-from sparsetweaks.masks import find_masks
+from sparsetweaks.masks import apply_masks, find_masks
 from sparsetweaks.pruning import prune
+from sparsetweaks.selection import keep_highest_per_layer
 
 NAME = "pools"  # of the variant
 NEIGHBOURS = 2  # the authors' code: three tickets, with the ticket itself
@@ -41,12 +42,13 @@ def pool(
 ) -> Trained:
     """Interpolate a ticket's trained weights with its neighbours', one after the other, as long as validation gains.
 
-    After each interpolation the smallest weights are pruned until there are as many as before, and BatchNorm's
+    After each interpolation the smallest weights are pruned until there are as many as before, in each layer where the
+    ticket's scope gave each its number and in all together where it is global; and BatchNorm's
     statistics are taken anew. The shares are chosen on the validation images, where the authors' code takes the test
     images; these are looked at once, at the end.
 
     Args:
-        ticket: whose number of non-zeros is kept.
+        ticket: whose numbers of non-zeros are kept.
         tickets: all levels of its drawing; the nearest `NEIGHBOURS` of other levels are taken.
         data: the data set they were drawn on.
         recipe: how they are trained, unless they are already.
@@ -116,7 +118,10 @@ def pool_key(
     """
     pooled = (ticket, *_neighbours(ticket, tickets))
     runs = [run_key(each, Tweaks(), recipe, seed=seed, device=device) for each in pooled]
-    return key(NAME, runs, SHARES)
+    by_layer = (
+        () if ticket.scope == "global" else ("by layer",)
+    )  # before, these were pruned as if they were global
+    return key(NAME, runs, SHARES, *by_layer)
 
 
 def _neighbours(ticket: Ticket, tickets: Sequence[Ticket]) -> list[Ticket]:
@@ -149,11 +154,17 @@ def _interpolated(ticket: Ticket, own: State, other: State, share: float) -> nn.
 
 
 def _pruned(model: nn.Module, ticket: Ticket) -> nn.Module:
+    """The largest weights of all, as many as the ticket keeps; where its scope gave layers their numbers, of each layer."""
     if not ticket.masks:
         return model
-    pruned = prune(model, ticket.sparsity, include=list(ticket.masks))
-    assert sum(int(mask.sum()) for mask in find_masks(pruned).values()) == ticket.nonzeros
-    return pruned
+    if ticket.scope == "global":
+        pruned = prune(model, ticket.sparsity, include=list(ticket.masks))
+        assert sum(int(mask.sum()) for mask in find_masks(pruned).values()) == ticket.nonzeros
+        return pruned
+    weights = {name: model.get_parameter(name).detach() for name in ticket.masks}
+    dense = {name: torch.ones_like(mask) for name, mask in ticket.masks.items()}
+    counts = {name: int(mask.sum()) for name, mask in ticket.masks.items()}
+    return apply_masks(model, keep_highest_per_layer(weights, dense, counts, absolute=True))
 
 
 def _loaded(ticket: Ticket, state: State) -> nn.Module:

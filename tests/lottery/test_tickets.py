@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparsetweaks.lottery.config import VARIANTS, LotteryError, Network, Recipe, Tweaks, variant
+from sparsetweaks.lottery.config import VARIANTS, LotteryError, Network, Recipe, Tweaks, key, variant
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.draw import UNTRAINED, draw, draw_by_masks, draw_one_shot, draw_untrained
 from sparsetweaks.lottery.files import FORMAT, check_writable
 from sparsetweaks.lottery.models import build
-from sparsetweaks.lottery.pools import pool, pool_row
+from sparsetweaks.lottery.pools import SHARES, pool, pool_key, pool_row
 from sparsetweaks.lottery.spend import row, run_key, spend, tweaked
 from sparsetweaks.lottery.store import Ticket, dense_ticket, load_ticket, save_ticket, ticket_path
 from sparsetweaks.masks import find_masks
@@ -654,6 +654,33 @@ def test_pools_keep_the_non_zeros_and_never_lose_in_validation(
         assert line["variant"] == "pools"
         assert line["budget"] == (ticket.nonzeros or counts(tickets[1]))
         assert line["run"] != row(ticket, "vanilla", Tweaks(), digits, RECIPE, plain, seed=0)["run"]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+def test_pools_keep_as_many_of_each_layer_as_the_scope_of_the_ticket_says(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str
+) -> None:
+    common = {"seed": 0, "folder": tmp_path, "scope": scope, "sparsities": [0.6, 0.7, 0.8]}
+    drawn = draw_untrained(digits, NETWORK, method="random", **common)[1:]
+    looks = iter(range(1, 20))  # each better than all before, so that the last interpolation is taken
+    monkeypatch.setattr("sparsetweaks.lottery.pools.accuracy", lambda *_: next(looks))
+    pooled = pool(drawn[1], drawn, digits, RECIPE, seed=0, folder=tmp_path).weights["best"]
+    left = [int(pooled[name].count_nonzero()) for name in drawn[1].masks]
+    assert sum(left) == drawn[1].nonzeros
+    assert (left == shares(drawn[1].masks)) is (scope != "global")
+    weights = [pooled[name] != 0 for name in drawn[1].masks]
+    assert any((kept & ~mask).any() for kept, mask in zip(weights, drawn[1].masks.values(), strict=True))
+
+
+def test_pools_by_layer_are_not_those_of_before_under_the_same_name(digits: Data, tmp_path: Path) -> None:
+    """They were pruned as if they were global; the names of those that are global stay."""
+    common = {"sparsities": [0.6, 0.8], "seed": 0, "folder": tmp_path}
+    for scope in ("global", "layer"):
+        drawn = draw_untrained(digits, NETWORK, method="random", scope=scope, **common)[1:]
+        device = torch.device("cpu")
+        runs = [run_key(each, Tweaks(), RECIPE, seed=0, device=device) for each in drawn]
+        before = key("pools", runs, SHARES)
+        assert (pool_key(drawn[0], drawn, RECIPE, seed=0, device=device) == before) is (scope == "global")
 
 
 def test_pools_choose_on_validation_and_look_at_the_test_images_once(
