@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
 from dataclasses import replace
@@ -11,7 +12,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparsetweaks.lottery.config import VARIANTS, LotteryError, Network, Recipe, Tweaks, key, variant
+from sparsetweaks.lottery.config import (
+    VARIANTS,
+    LotteryError,
+    Network,
+    Recipe,
+    RunError,
+    Tweaks,
+    key,
+    variant,
+)
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.draw import UNTRAINED, draw, draw_by_masks, draw_one_shot, draw_untrained
 from sparsetweaks.lottery.files import FORMAT, check_writable
@@ -19,6 +29,7 @@ from sparsetweaks.lottery.models import build
 from sparsetweaks.lottery.pools import SHARES, pool, pool_key, pool_row
 from sparsetweaks.lottery.spend import row, run_key, spend, tweaked
 from sparsetweaks.lottery.store import Ticket, dense_ticket, load_ticket, save_ticket, ticket_path
+from sparsetweaks.lottery.train import train
 from sparsetweaks.masks import find_masks
 from sparsetweaks.pruning import erk_budgets
 from sparsetweaks.surgery.skips import inject_skips
@@ -634,6 +645,32 @@ def test_a_ticket_of_a_users_network_asks_before_it_imports(
     assert not (tmp_path / "imported").exists()
     assert load_ticket(path, model="home_made:small").nonzeros == ticket.nonzeros
     sys.modules.pop("home_made")
+
+
+# ------------------------------------------------------------------------------------ what is wrong with one run
+
+
+def test_what_is_wrong_with_a_run_is_said_with_its_name(
+    digits: Data, tickets: list[Ticket], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = {"seed": 0, "folder": tmp_path}
+    untrained = draw_untrained(digits, NETWORK, method="random", sparsities=[0.5], **common)[1]
+    title, wrong = "resnet8 on digits, seed 0, imp, level 1, 50.0 % sparse", "the loss became nan in epoch 1"
+    huge = replace(variant("TRT"), scales={"iterations": 2, "floor": 1e38})
+    with pytest.raises(RunError, match=f"^{title}, TRT: the loss is nan"):  # as the surgery says it
+        spend(tickets[1], huge, digits, RECIPE, name="TRT", **common)
+    with pytest.raises(RunError, match=r"random, level 1, .*, rewinding: this ticket has no late weights"):
+        spend(untrained, variant("rewinding"), digits, RECIPE, name="rewinding", **common)
+    taught = f"^{title}, KD: resnet8 on digits, seed 0, dense, vanilla: {wrong}"  # the teacher failed
+
+    def diverge(*given: object, **options: object) -> object:
+        return train(*given, **{**options, "loss": lambda logits, _: logits.sum() * math.nan})
+
+    monkeypatch.setattr("sparsetweaks.lottery.spend.train", diverge)
+    with pytest.raises(RunError, match=taught):
+        spend(tickets[1], variant("KD"), digits, RECIPE, name="KD", **common)
+    with pytest.raises(RunError, match=f"^{title}, pools: {title}, vanilla: {wrong}"):
+        pool(tickets[1], tickets, digits, RECIPE, **common)
 
 
 # ------------------------------------------------------------------------------------------------ Lottery Pools
