@@ -68,6 +68,7 @@ class Experiment:
 
     @property
     def spendings_of_a_seed(self) -> int:
+        """How many of them each seed has."""
         levels = len(self.spent) or self.levels
         return len(self.dense) + levels * len(self.variants)
 

@@ -120,9 +120,7 @@ def _attempt(task: Callable[[], Result]) -> Result | RunError:
     try:
         return task()
     except RunError as error:
-        return RunError(
-            str(error)
-        )  # without the traceback, which would hold the network for as long as the grid
+        return RunError(str(error))  # the error itself would hold the network by its traceback
 
 
 def _become_worker(threads: int) -> None:

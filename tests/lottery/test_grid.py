@@ -143,7 +143,7 @@ def check_a_grid_with_a_variant_that_diverges(out: Path, engine: Any) -> None:
         compare(DIVERGING, out, **options)
     assert watch.seen() == []  # what is kept is not run again, and what diverges does so in its first epoch
     assert (out / "results.csv").read_text() == rows
-    assert len(compare(replace(DIVERGING, variants=("vanilla", "AT")), out, **options)) == 6
+    assert len(compare(replace(DIVERGING, variants=("vanilla", "AT")), out, on_epoch=watch)) == 6
     assert watch.seen() == []
 
 
@@ -401,6 +401,9 @@ def test_a_grid_on_a_real_ray_ends_in_the_same_bits(real_ray, in_process, tmp_pa
         assert content(tmp_path) == in_process
         assert done[-1] == (8, 8)
         assert set(engine([torch.get_num_threads] * 3)) == {1}
+        with pytest.raises(GridError, match=r"^1 run failed, .* 50.0 % sparse, TRT: the loss became nan"):
+            compare(replace(DIVERGING, seeds=(0,)), tmp_path, engine=engine)
+        assert content(tmp_path)[1] == in_process[1]
         wrong = Experiment(("vanilla",), Source("nowhere"), Network("resnet8", width=4), RECIPE, 1, 0.5, (0,))
         with pytest.raises(LotteryError, match=r"^unknown data set 'nowhere'"):
             compare(wrong, tmp_path, engine=engine)
