@@ -30,7 +30,7 @@ from sparsetweaks.lottery.draw import (
 )
 from sparsetweaks.lottery.experiment import Source, pools_row, spend_row
 from sparsetweaks.lottery.files import alone
-from sparsetweaks.lottery.grid import run_all
+from sparsetweaks.lottery.grid import GridError, run_all, run_each
 from sparsetweaks.lottery.options import (
     COUNT,
     DATA_OPTIONS,
@@ -213,15 +213,19 @@ def spend_command(
                     return partial(pools_row, ticket, loaded, seed=seed, **common)
                 return partial(spend_row, ticket, name, tweaks[name], seed=seed, on_epoch=watch, **common)
 
-            done = 0
+            done, failed = 0, list[str]()
             for first in (True, False):  # what is plain first, as pools are made of it
-                for result in run([task(*cell) for cell in cells if (cell[1] == "vanilla") is first]):
-                    if leads() and (result["run"], result["variant"]) not in known:
+                tasks = [task(*cell) for cell in cells if (cell[1] == "vanilla") is first]
+                for result in run_each(run, tasks, failed):
+                    if leads() and result and (result["run"], result["variant"]) not in known:
                         append_row(out / "results.csv", result)
                     done += 1
                     progress.reach(done * plan.epochs)
-                    progress.line(f"{_describe_row(result)}; {progress.left()}")
+                    told = _describe_row(result) if result else f"failed: {failed[-1]}"
+                    progress.line(f"{told}; {progress.left()}")
         _log(out, "spend", {"variants": list(names), **data}, plan)
+        if failed:
+            raise GridError(*failed)
         _show(out)
 
 

@@ -15,6 +15,10 @@ class LotteryError(ValueError):
     """What a user can put right: a missing folder, a broken ticket, a loss that is not finite."""
 
 
+class RunError(LotteryError):
+    """What is wrong with one run alone, such as a loss that is not finite: the others of its grid need not wait for it."""
+
+
 FAMILIES = {  # own networks for small images, and the channels of their first stage, each as published
     "resnet18": 64,  # He et al. 2016, with a 3x3 stem of stride 1, as is usual for CIFAR
     "resnet34": 64,

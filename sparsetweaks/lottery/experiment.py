@@ -12,11 +12,11 @@ from typing import Any
 from sparsetweaks.lottery.config import LotteryError, Network, Recipe, Tweaks, variant
 from sparsetweaks.lottery.data import Data, load
 from sparsetweaks.lottery.draw import draw, draw_one_shot
-from sparsetweaks.lottery.grid import Engine, run_all
+from sparsetweaks.lottery.grid import Engine, GridError, run_all, run_each
 from sparsetweaks.lottery.layouts import SPLIT_SEED
 from sparsetweaks.lottery.pools import pool, pool_row
 from sparsetweaks.lottery.results import BASELINE, append_row, kept_runs
-from sparsetweaks.lottery.spend import row, spend
+from sparsetweaks.lottery.spend import named, row, spend
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import Trained
 
@@ -64,8 +64,13 @@ class Experiment:
     @property
     def spendings(self) -> int:
         """How many rows there are to be."""
+        return len(self.seeds) * self.spendings_of_a_seed
+
+    @property
+    def spendings_of_a_seed(self) -> int:
+        """How many of them each seed has."""
         levels = len(self.spent) or self.levels
-        return len(self.seeds) * (len(self.dense) + levels * len(self.variants))
+        return len(self.dense) + levels * len(self.variants)
 
     def tweaks(self, name: str) -> Tweaks:
         """A variant of this experiment."""
@@ -96,39 +101,46 @@ def compare(
         device: to train on.
         engine: what runs the stages: `run_all`, here, one after the other; `partial(run_all, processes=2)`, or what
             `on_ray` gives.
-        on_run: called with the number of seeds drawn and runs done, and of all.
+        on_run: called with the number of seeds drawn and runs done, and of all; what failed, and what is lost with a seed
+            that cannot be drawn, is done.
         on_epoch: see `train`; it must pickle where the stages run elsewhere.
 
     Returns:
         The rows of this comparison.
 
     Raises:
-        LotteryError: when another version wrote what is in the folder; and as the stages do.
+        GridError: once all others are done and kept, when runs failed, each for a reason of its own (`RunError`). A seed
+            whose drawing fails loses its own runs alone.
+        LotteryError: at once, when another version wrote what is in the folder; and as the stages do.
     """
+    failed: list[str] = []
     total, done, folder = len(experiment.seeds) + experiment.spendings, 0, folder.resolve()
     csv = folder / "results.csv"
     known = kept_runs(csv)
     spending: list[Callable[[], dict[str, Any]]] = []
     drawing = [partial(tickets_of, experiment, folder, device, seed, on_epoch) for seed in experiment.seeds]
-    for tickets in engine(drawing):
+    for tickets in run_each(engine, drawing, failed):
+        done += 1 if tickets else 1 + experiment.spendings_of_a_seed
         spending += [
             partial(
                 spend_row, ticket, name, experiment.tweaks(name), experiment.source, experiment.recipe,
                 seed=ticket.seed, folder=folder, device=device, keep_epochs=experiment.keep_epochs, on_epoch=on_epoch,
             )
-            for ticket, name in experiment.cells(tickets)
+            for ticket, name in (experiment.cells(tickets) if tickets else ())
         ]  # fmt: skip
-        done += 1
         if on_run is not None:
             on_run(done, total)
     rows = []
-    for result in engine(spending):
-        if (result["run"], result["variant"]) not in known:
-            append_row(csv, result)
-        rows.append(result)
+    for result in run_each(engine, spending, failed):
+        if result is not None:
+            if (result["run"], result["variant"]) not in known:
+                append_row(csv, result)
+            rows.append(result)
         done += 1
         if on_run is not None:
             on_run(done, total)
+    if failed:
+        raise GridError(*failed)
     return rows
 
 
@@ -163,14 +175,18 @@ def tickets_of(
 
     Returns:
         The dense ticket, and one per sparsity.
+
+    Raises:
+        RunError: when a training that the drawing needs fails.
     """
     data = data_of(experiment.source, folder, device)
     common: dict[str, Any] = {"seed": seed, "folder": folder, "on_epoch": on_epoch}
-    if experiment.drawing == "omp":
-        common["sparsities"] = experiment.sparsities
-        return draw_one_shot(data, experiment.network, experiment.recipe, **common)
-    common |= {"levels": experiment.levels, "fraction": experiment.fraction}
-    return draw(data, experiment.network, experiment.recipe, **common)
+    with named(f"no tickets of seed {seed}, and so none of its runs"):
+        if experiment.drawing == "omp":
+            common["sparsities"] = experiment.sparsities
+            return draw_one_shot(data, experiment.network, experiment.recipe, **common)
+        common |= {"levels": experiment.levels, "fraction": experiment.fraction}
+        return draw(data, experiment.network, experiment.recipe, **common)
 
 
 def spend_row(

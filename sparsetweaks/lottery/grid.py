@@ -13,12 +13,30 @@ from typing import Any, TypeVar
 
 import torch
 
-from sparsetweaks.lottery.config import LotteryError
+from sparsetweaks.lottery.config import LotteryError, RunError
 
 Result = TypeVar("Result")
 Engine = Callable[[Sequence[Callable[[], Any]]], Iterator[Any]]
 """Runs tasks that do not depend on one another and yields their results; `run_all`, or what `on_ray` gives."""
 ENDED = "a process was ended from outside, perhaps for lack of memory"
+SHOWN = 3  # of the runs that failed, with their reasons
+
+
+class GridError(LotteryError):
+    """Some runs of a grid failed, and all others were run and are kept. Its arguments are the names and reasons.
+
+    Example:
+        >>> str(GridError("seed 0, AT: the loss became nan"))[:73]
+        '1 run failed, and all others are kept: seed 0, AT: the loss became nan. `'
+    """
+
+    def __str__(self) -> str:
+        count, told = len(self.args), "; ".join(self.args[:SHOWN])
+        more = f"; and {count - SHOWN} more" if count > SHOWN else ""
+        return (
+            f"{count} run{'s' if count > 1 else ''} failed, and all others are kept: {told}{more}. `sparsetweaks show` has "
+            "the results of the others; the same command tries these again, and runs nothing else"
+        )
 
 
 def run_all(
@@ -67,6 +85,42 @@ def run_all(
         for process in () if finished else set(multiprocessing.active_children()) - before:
             process.terminate()
         pool.shutdown(cancel_futures=True)
+
+
+def run_each(
+    engine: Engine, tasks: Sequence[Callable[[], Result]], failed: list[str]
+) -> Iterator[Result | None]:
+    """Run tasks by an engine, and go on where one raises a RunError; any other error ends the rest, as ever.
+
+    Args:
+        engine: what runs them.
+        tasks: as the engine takes them.
+        failed: to which the reasons of those that fail are added; the caller raises a GridError of them at the end.
+
+    Yields:
+        Results as the engine does, and None, once its reason is added, for a task that failed.
+
+    Example:
+        >>> def diverge():
+        ...     raise RunError("the loss became nan")
+        >>> failed = []
+        >>> list(run_each(run_all, [diverge, lambda: 2], failed)), failed
+        ([None, 2], ['the loss became nan'])
+    """
+    for result in engine([partial(_attempt, task) for task in tasks]):
+        if isinstance(result, RunError):
+            failed.append(str(result))
+            yield None
+        else:
+            yield result
+
+
+def _attempt(task: Callable[[], Result]) -> Result | RunError:
+    """A task's result or, as a result like any other whatever the engine, what was wrong with it."""
+    try:
+        return task()
+    except RunError as error:
+        return RunError(str(error))  # the error itself would hold the network by its traceback
 
 
 def _become_worker(threads: int) -> None:

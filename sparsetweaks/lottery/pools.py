@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsetweaks.lottery.config import LotteryError, Recipe, Tweaks, key
+from sparsetweaks.lottery.config import Recipe, RunError, Tweaks, key
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.files import State
-from sparsetweaks.lottery.spend import load_run, row, run_key, spend
+from sparsetweaks.lottery.spend import load_run, named, row, run_key, spend, title_of
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import (
     Trained,
@@ -26,8 +26,9 @@ from sparsetweaks.lottery.train import (
     refresh_statistics,
     save_trained,
 )
-from sparsetweaks.masks import find_masks
+from sparsetweaks.masks import apply_masks, find_masks
 from sparsetweaks.pruning import prune
+from sparsetweaks.selection import keep_highest_per_layer
 
 NAME = "pools"  # of the variant
 NEIGHBOURS = 2  # the authors' code: three tickets, with the ticket itself
@@ -41,12 +42,13 @@ def pool(
 ) -> Trained:
     """Interpolate a ticket's trained weights with its neighbours', one after the other, as long as validation gains.
 
-    After each interpolation the smallest weights are pruned until there are as many as before, and BatchNorm's
+    After each interpolation the smallest weights are pruned until there are as many as before, in each layer where the
+    ticket's scope gave each its number and in all together where it is global; and BatchNorm's
     statistics are taken anew. The shares are chosen on the validation images, where the authors' code takes the test
     images; these are looked at once, at the end.
 
     Args:
-        ticket: whose number of non-zeros is kept.
+        ticket: whose numbers of non-zeros are kept.
         tickets: all levels of its drawing; the nearest `NEIGHBOURS` of other levels are taken.
         data: the data set they were drawn on.
         recipe: how they are trained, unless they are already.
@@ -57,15 +59,14 @@ def pool(
         What came of it, kept like a training.
 
     Raises:
-        LotteryError: when no other ticket is of the same network, initialisation and data.
+        RunError: as `spend`, and when no other ticket is of the same network, initialisation and data.
     """
-    neighbours = _neighbours(ticket, tickets)
-    path = folder / f"{pool_key(ticket, tickets, recipe, seed=seed, device=data.mean.device)}.safetensors"
-    if path.is_file():
-        return load_run(path)
-    own, *others = (
-        spend(each, Tweaks(), data, recipe, seed=seed, folder=folder) for each in (ticket, *neighbours)
-    )
+    with named(title_of(ticket, NAME, seed)):
+        pooled = (ticket, *_neighbours(ticket, tickets))
+        path = folder / f"{pool_key(ticket, tickets, recipe, seed=seed, device=data.mean.device)}.safetensors"
+        if path.is_file():
+            return load_run(path)
+        own, *others = (spend(each, Tweaks(), data, recipe, seed=seed, folder=folder) for each in pooled)
     started, device = time.perf_counter(), data.mean.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(recipe, device))
     best, validation = own.weights["best"], own.validation
@@ -117,7 +118,10 @@ def pool_key(
     """
     pooled = (ticket, *_neighbours(ticket, tickets))
     runs = [run_key(each, Tweaks(), recipe, seed=seed, device=device) for each in pooled]
-    return key(NAME, runs, SHARES)
+    by_layer = (
+        () if ticket.scope == "global" else ("by layer",)
+    )  # before, these were pruned as if they were global
+    return key(NAME, runs, SHARES, *by_layer)
 
 
 def _neighbours(ticket: Ticket, tickets: Sequence[Ticket]) -> list[Ticket]:
@@ -128,7 +132,7 @@ def _neighbours(ticket: Ticket, tickets: Sequence[Ticket]) -> list[Ticket]:
         if (each.network, each.fingerprint, each.seed) == same and each.identity != ticket.identity
     ]
     if not others:
-        raise LotteryError(
+        raise RunError(
             f"{NAME} interpolates a ticket with others of the same drawing: give the tickets of several levels"
         )
     return sorted(others, key=lambda each: (abs(each.level - ticket.level), each.sparsity))[:NEIGHBOURS]
@@ -150,11 +154,17 @@ def _interpolated(ticket: Ticket, own: State, other: State, share: float) -> nn.
 
 
 def _pruned(model: nn.Module, ticket: Ticket) -> nn.Module:
+    """The largest weights of all, as many as the ticket keeps; where its scope gave layers their numbers, of each layer."""
     if not ticket.masks:
         return model
-    pruned = prune(model, ticket.sparsity, include=list(ticket.masks))
-    assert sum(int(mask.sum()) for mask in find_masks(pruned).values()) == ticket.nonzeros
-    return pruned
+    if ticket.scope == "global":
+        pruned = prune(model, ticket.sparsity, include=list(ticket.masks))
+        assert sum(int(mask.sum()) for mask in find_masks(pruned).values()) == ticket.nonzeros
+        return pruned
+    weights = {name: model.get_parameter(name).detach() for name in ticket.masks}
+    dense = {name: torch.ones_like(mask) for name, mask in ticket.masks.items()}
+    counts = {name: int(mask.sum()) for name, mask in ticket.masks.items()}
+    return apply_masks(model, keep_highest_per_layer(weights, dense, counts, absolute=True))
 
 
 def _loaded(ticket: Ticket, state: State) -> nn.Module:

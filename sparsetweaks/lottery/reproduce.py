@@ -22,7 +22,7 @@ from sparsetweaks.lottery.figures import (
     Preset,
 )
 from sparsetweaks.lottery.files import write
-from sparsetweaks.lottery.grid import Engine, run_all
+from sparsetweaks.lottery.grid import Engine, GridError, run_all
 from sparsetweaks.lottery.pictures import picture_of
 from sparsetweaks.lottery.results import Summary, csv_of, picture, statistics, summarise, table
 from sparsetweaks.lottery.smoothness import BEST, Look, look_at
@@ -120,28 +120,37 @@ def reproduce(
         (the comparison) hold the same.
 
     Raises:
-        LotteryError: as `experiments`, and when the folder cannot be written to, or holds runs of another version.
+        LotteryError: as `experiments`, and when the folder cannot be written to, or holds runs of another version. When
+            runs failed, once all others are done and kept: a figure that lacks some is not drawn.
     """
     parts, measure = experiments(figure, preset, data), FIGURES[figure].measure
     counts = [len(part.seeds) + part.spendings + (_looks(part) if measure else 0) for part in parts]
-    rows, looks = [], []
+    rows, looks, failed = [], [], list[str]()
     for number, part in enumerate(parts):
 
         def so_far(done: int, _: int = 0, before: int = sum(counts[:number])) -> None:
             if on_run is not None:
                 on_run(before + done, sum(counts))
 
-        found = compare(part, folder, device=device, engine=engine, on_run=so_far, on_epoch=on_epoch)
-        rows.append(found)
-        if measure:
-            taken = itertools.count(len(part.seeds) + part.spendings + 1)
-            epochs = part.keep_epochs or (BEST,)
-            looks.append(
-                look_at(
-                    part, folder, measure, epochs=epochs, device=device, engine=engine,
-                    on_look=lambda taken=taken, so_far=so_far: so_far(next(taken)),  # type: ignore[misc]
-                )
-            )  # fmt: skip
+        try:
+            found = compare(part, folder, device=device, engine=engine, on_run=so_far, on_epoch=on_epoch)
+            rows.append(found)
+            if measure:
+                taken = itertools.count(len(part.seeds) + part.spendings + 1)
+                epochs = part.keep_epochs or (BEST,)
+                looks.append(
+                    look_at(
+                        part, folder, measure, epochs=epochs, device=device, engine=engine,
+                        on_look=lambda taken=taken, so_far=so_far: so_far(next(taken)),  # type: ignore[misc]
+                    )
+                )  # fmt: skip
+        except GridError as error:
+            failed += error.args
+            so_far(counts[number])  # its looks are for the figure alone, and so not taken
+    if failed:
+        raise LotteryError(
+            f"figure {figure} ({preset}) is not drawn, as runs are missing: {GridError(*failed)}"
+        )
     made = _of_looks(figure, rows, looks) if measure else _of_rows(figure, [r for e in rows for r in e])
     base = folder / "figures" / f"{figure}-{preset}"
     first, text = rows[0][0], "\n".join(finding.line(figure) for finding in made.findings)

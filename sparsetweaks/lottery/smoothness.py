@@ -31,7 +31,7 @@ from sparsetweaks.lottery.config import LotteryError, Recipe, Tweaks, key
 from sparsetweaks.lottery.data import SPLIT_SEED, Data, Images
 from sparsetweaks.lottery.experiment import Experiment, data_of, tickets_of
 from sparsetweaks.lottery.files import State, load, save
-from sparsetweaks.lottery.grid import Engine, run_all
+from sparsetweaks.lottery.grid import Engine, GridError, run_all, run_each
 from sparsetweaks.lottery.spend import defaults_of, run_key, spend, tweaked
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import after
@@ -81,6 +81,7 @@ def look_at(
         Looks in the order of seeds, levels, variants and epochs.
 
     Raises:
+        GridError: once all others are taken and kept, when runs failed; see `compare`.
         LotteryError: for a measure that is not there, or an epoch that the experiment does not keep.
     """
     if measure not in MEASURES:
@@ -91,18 +92,23 @@ def look_at(
             f"the experiment keeps no weights after epoch {missing[0]}: name it in its keep_epochs, which are now "
             f"{experiment.keep_epochs or 'none'}"
         )
+    failed: list[str] = []
+    drawing = [partial(tickets_of, experiment, folder, device, seed) for seed in experiment.seeds]
     places = [
         (ticket, name, epoch)
-        for seed in experiment.seeds
-        for ticket, name in experiment.cells(tickets_of(experiment, folder, device, seed))
+        for tickets in run_each(run_all, drawing, failed)
+        for ticket, name in (experiment.cells(tickets) if tickets else ())
         for epoch in epochs
     ]
     tasks = [partial(_look, experiment, folder, device, measure, *place) for place in places]
     looks = []
-    for look in engine(tasks):
-        looks.append(look)
+    for look in run_each(engine, tasks, failed):
+        if look is not None:
+            looks.append(look)
         if on_look is not None:
             on_look()
+    if failed:
+        raise GridError(*dict.fromkeys(failed))  # a run that failed failed for each of its epochs
     order = {(t.seed, round(t.sparsity, 4), name, epoch): at for at, (t, name, epoch) in enumerate(places)}
     return sorted(looks, key=lambda each: order[each.seed, each.sparsity, each.variant, each.epoch])
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsetweaks.errors import SurgeryError
 from sparsetweaks.lottery import ranks
-from sparsetweaks.lottery.config import LotteryError, Recipe, Tweaks, key
+from sparsetweaks.lottery.config import LotteryError, Recipe, RunError, Tweaks, key
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import Trained, load_trained, precision_of, train
@@ -61,8 +63,10 @@ def spend(
         What the training came to. Its note tells the non-zeros, the times and the machine.
 
     Raises:
-        LotteryError: when the ticket belongs to other data, has no weights of the kind that the tweaks start from, the
-            tweaks add more than survives, or another version has kept a run of this name that says too little.
+        RunError: named as the run: as `train`; when the tweaks add more than survives, or do not go with the network; or
+            when the ticket has no weights of the kind that they start from.
+        LotteryError: when the ticket belongs to other data, or another version has kept a run of this name that says too
+            little.
     """
     if ticket.fingerprint != data.fingerprint:
         raise LotteryError(
@@ -76,31 +80,52 @@ def spend(
     kept = ranks.from_leader(lambda: load_run(path) if path.is_file() else None)
     if kept is not None and kept.test is not None and not kept.lacks(keep_epochs):
         return kept
-    teacher = None
-    if tweaks.distillation:
-        at = ticket.late_epoch or rewinding_epoch(recipe)
-        teacher = _dense_network(ticket.dense(), data, recipe, folder, at, on_epoch)
-    started = time.perf_counter()
-    model, loss, counts = tweaked(ticket, tweaks, data, recipe, seed=seed)
-    note = {
-        **counts,
-        "prepare_seconds": time.perf_counter() - started,
-        **surroundings(recipe, device),
-    }
-    return train(
-        model,
-        data,
-        replace(recipe, average_from=AVERAGING) if tweaks.averaging else recipe,
-        seed=seed,
-        loss=loss,
-        teacher=teacher,
-        rewind_epoch=rewind_epoch,
-        keep_epochs=keep_epochs,
-        checkpoint=path,
-        note=note,
-        title=_title(ticket, name, seed),
-        on_epoch=on_epoch,
-    )
+    title = title_of(ticket, name, seed)
+    with named(title):
+        teacher = None
+        if tweaks.distillation:
+            at = ticket.late_epoch or rewinding_epoch(recipe)
+            teacher = _dense_network(ticket.dense(), data, recipe, folder, at, on_epoch)
+        started = time.perf_counter()
+        model, loss, counts = tweaked(ticket, tweaks, data, recipe, seed=seed)
+        note = {
+            **counts,
+            "prepare_seconds": time.perf_counter() - started,
+            **surroundings(recipe, device),
+        }
+        return train(
+            model,
+            data,
+            replace(recipe, average_from=AVERAGING) if tweaks.averaging else recipe,
+            seed=seed,
+            loss=loss,
+            teacher=teacher,
+            rewind_epoch=rewind_epoch,
+            keep_epochs=keep_epochs,
+            checkpoint=path,
+            note=note,
+            title=title,
+            on_epoch=on_epoch,
+        )
+
+
+@contextlib.contextmanager
+def named(title: str) -> Iterator[None]:
+    """Whatever is wrong with a run is said with its name, also where it was a tweak that did not go with its network.
+
+    Args:
+        title: the name.
+
+    Example:
+        >>> with named("seed 0, AT"):
+        ...     raise RunError("the loss became nan")
+        Traceback (most recent call last):
+        sparsetweaks.lottery.config.RunError: seed 0, AT: the loss became nan
+    """
+    try:
+        yield
+    except (RunError, SurgeryError) as error:
+        raise RunError(f"{title}: {error}") from error
 
 
 def load_run(path: Path) -> Trained:
@@ -304,7 +329,17 @@ def _dense_network(
     return model
 
 
-def _title(ticket: Ticket, name: str, seed: int) -> str:
+def title_of(ticket: Ticket, name: str, seed: int) -> str:
+    """The name of a run, for people.
+
+    Args:
+        ticket: what is retrained.
+        name: of the tweaks.
+        seed: of the training.
+
+    Returns:
+        Network, data, seeds, level, sparsity and tweaks.
+    """
     level = f"{ticket.drawn}, level {ticket.level}, {100 * ticket.sparsity:.1f} % sparse"
     sparse = level if ticket.level else "dense"
     return f"{ticket.network.name} on {ticket.data}, {seeds_of(ticket.seed, seed)}, {sparse}, {name}"

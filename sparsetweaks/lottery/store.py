@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsetweaks.lottery.config import LotteryError, Network, key
+from sparsetweaks.lottery.config import LotteryError, Network, RunError, key
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.files import State, first_line, load, save
 from sparsetweaks.lottery.models import build
@@ -75,7 +75,7 @@ class Ticket:
                 if self.method not in ("imp", "omp", "none")
                 else "one that was drawn with too few epochs, or is dense"
             )
-            raise LotteryError(f"this ticket has no {start} weights to start from, as {reason}")
+            raise RunError(f"this ticket has no {start} weights to start from, as {reason}")
         return state
 
     def model(self, start: str = "ticket") -> nn.Module:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from sparsetweaks.keeping import keep_masks
 from sparsetweaks.lottery import ranks
-from sparsetweaks.lottery.config import LotteryError, Recipe
+from sparsetweaks.lottery.config import LotteryError, Recipe, RunError
 from sparsetweaks.lottery.data import Data, Images, batches
 from sparsetweaks.lottery.files import State, load, save
 from sparsetweaks.masks import find_masks
@@ -100,8 +100,8 @@ def train(
         Accuracies, weights and times.
 
     Raises:
-        LotteryError: when the loss is not finite, at the end of the epoch in which that happened; when batches cannot be
-            shared equally; or for an epoch to keep that there is not.
+        RunError: when the loss is not finite, at the end of the epoch in which that happened.
+        LotteryError: when batches cannot be shared equally; or for an epoch to keep that there is not.
 
     Example:
         >>> from sparsetweaks.lottery.config import Network
@@ -164,9 +164,8 @@ def train(
                 ranks.total(total).item() / ranks.count() / steps
             )  # once an epoch: it waits for the device
             if not math.isfinite(done.loss):
-                of = f" of {title}" if title else ""
-                raise LotteryError(
-                    f"the loss became {done.loss} in epoch {epoch + 1}{of}: lower the learning rate, or warm up"
+                raise RunError(
+                    f"the loss became {done.loss} in epoch {epoch + 1}: lower the learning rate, or warm up"
                 )
             done.seconds += time.perf_counter() - started
             done.epochs, done.steps = epoch + 1, done.steps + steps

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetweaks.cost import cost
-from sparsetweaks.lottery.config import LotteryError, Recipe, Tweaks
+from sparsetweaks.lottery.config import Recipe, RunError, Tweaks
 from sparsetweaks.lottery.data import Data, batches
 from sparsetweaks.lottery.files import State
 from sparsetweaks.lottery.store import Ticket
@@ -50,7 +50,7 @@ def tweaked(
         too), `nonzero_parameters` (those that no mask removes), `flops` (of one image) and `effective_flops` (the same).
 
     Raises:
-        LotteryError: when the tweaks add as much as survives, or more.
+        RunError: when the tweaks add as much as survives, or more.
     """
     device = data.mean.device
     model, masks = ticket.unmasked(tweaks.start), ticket.masks
@@ -147,7 +147,7 @@ def _counts(model: nn.Module, data: Data) -> dict[str, int]:
 def _paying(ticket: Ticket, count: int, data: Data) -> State:
     """The ticket's masks without its `count` least important weights."""
     if count >= ticket.nonzeros:
-        raise LotteryError(
+        raise RunError(
             f"the skips add {count} parameters, and only {ticket.nonzeros} weights survive to pay for them: "
             'choose skips that add fewer, such as shortcut="pad", or compare without matching (+unmatched)'
         )

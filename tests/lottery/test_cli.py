@@ -220,6 +220,30 @@ def test_pools_by_the_command_line(monkeypatch, tmp_path: Path, capsys) -> None:
     assert (tmp_path / "results.csv").read_text() == rows
 
 
+@pytest.mark.parametrize("more", [[], pytest.param(["--processes", 2], marks=pytest.mark.slow)])
+def test_spending_goes_on_without_a_run_that_fails(monkeypatch, tmp_path: Path, capsys, more: list) -> None:
+    """The authors' skips have more parameters than survive in one of these tickets."""
+    words = ["draw", *SMALL, "--method", "random", "--out", tmp_path, "--sparsity", 0.5]
+    assert run(monkeypatch, *words, "--sparsity", 0.99) == 0
+    tickets = capsys.readouterr().out.split()
+    spend = ["spend", *tickets, *SMALL[4:], "--out", tmp_path, *more]
+    spend += [word for name in ("authors-skips", "vanilla", "mish") for word in ("--variant", name)]
+    assert run(monkeypatch, *spend) == 1
+    captured = capsys.readouterr()
+    cell = "resnet8 on digits, seed 0, random, level 1, 99.0 % sparse, authors-skips: the skips add"
+    *lines, last = captured.err.splitlines()
+    assert len(lines) == 1 + 7 and sum(line.startswith(f"failed: {cell}") for line in lines) == 1
+    assert last.startswith(f"sparsetweaks: 1 run failed, and all others are kept: {cell}")
+    rows = (tmp_path / "results.csv").read_text()
+    assert len(rows.splitlines()) == 1 + 1 + 2 * 3 - 1
+    monkeypatch.setattr("sparsetweaks.lottery.spend.train", lambda *_, **__: pytest.fail("it trained"))
+    assert run(monkeypatch, *spend) == 1
+    assert (tmp_path / "results.csv").read_text() == rows
+    capsys.readouterr()
+    assert run(monkeypatch, "show", "--out", tmp_path) == 0
+    assert "authors-skips" in capsys.readouterr().out
+
+
 def test_a_figure_by_the_command_line(monkeypatch, tmp_path: Path, capsys) -> None:
     preset = replace(PRESETS["digits"], recipe=Recipe(epochs=1, batch_size=64), levels=1, seeds=(0,))
     monkeypatch.setitem(PRESETS, "digits", preset)

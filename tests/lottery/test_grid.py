@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import pickle
 import socket
 import subprocess
 import sys
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +23,12 @@ import pytest
 import torch
 
 from sparsetweaks.lottery import files
-from sparsetweaks.lottery.config import LotteryError, Network, Recipe
+from sparsetweaks.lottery.config import LotteryError, Network, Recipe, RunError
 from sparsetweaks.lottery.experiment import Experiment, Source, compare
-from sparsetweaks.lottery.grid import run_all
+from sparsetweaks.lottery.grid import GridError, run_all, run_each
 from sparsetweaks.lottery.on_ray import on_ray
 from sparsetweaks.lottery.results import read_rows
+from sparsetweaks.lottery.train import Trained
 
 RECIPE = Recipe(epochs=2, batch_size=64, precision="float32")
 EXPERIMENT = Experiment(
@@ -32,8 +37,8 @@ EXPERIMENT = Experiment(
 TIMES = {"train_seconds", "step_milliseconds", "prepare_seconds"}
 
 
-def fail(message: str) -> None:
-    raise LotteryError(message)
+def fail(message: str, error: type[Exception] = LotteryError) -> None:
+    raise error(message)
 
 
 def content(out: Path) -> tuple[dict[str, Any], dict[tuple[str, str], dict[str, str]]]:
@@ -84,6 +89,136 @@ def test_a_grid_in_two_processes_ends_in_the_same_bits(in_process: tuple[Any, An
     compare(EXPERIMENT, tmp_path, engine=partial(run_all, processes=2))
     assert content(tmp_path) == in_process
     assert len(in_process[1]) == EXPERIMENT.spendings == 6
+
+
+# ------------------------------------------------------------------------------------------------------ failures
+
+DIVERGING = replace(  # scales so large that the first loss is not finite
+    EXPERIMENT, variants=("TRT", "vanilla", "AT"), scales={"iterations": 1, "floor": 1e38}
+)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Writes down each epoch of each run, in whatever process, and ends those of some runs."""
+
+    file: Path
+    failing: str = "none"
+    error: type[Exception] = RunError
+
+    def __call__(self, trained: Trained) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{trained.title}\n")
+        if self.failing in trained.title:
+            raise self.error("the run ended")
+
+    def seen(self) -> list[str]:
+        seen = self.file.read_text().splitlines() if self.file.exists() else []
+        self.file.unlink(missing_ok=True)
+        return seen
+
+
+def cells(rows: list[dict[str, Any]]) -> list[tuple[int, int, str]]:
+    return sorted((int(row["seed"]), int(row["level"]), row["variant"]) for row in rows)
+
+
+def check_a_grid_with_a_variant_that_diverges(out: Path, engine: Any) -> None:
+    watch, done = Watch(out / "epochs"), []
+    options = {"engine": engine, "on_epoch": watch, "on_run": lambda *call: done.append(call)}
+    with pytest.raises(GridError) as caught:
+        compare(DIVERGING, out, **options)
+    assert sorted(caught.value.args) == [
+        f"resnet8 on digits, seed {seed}, imp, level 1, 50.0 % sparse, TRT: the loss became nan in epoch 1: lower the "
+        "learning rate, or warm up"
+        for seed in (0, 1)
+    ]
+    left = [
+        (seed, level, name) for seed in (0, 1) for level, name in ((0, "vanilla"), (1, "AT"), (1, "vanilla"))
+    ]
+    assert cells(read_rows(out / "results.csv")) == left
+    assert done == [(number, 10) for number in range(1, 11)]
+    assert len(watch.seen()) == 2 * len(left)
+    rows = (out / "results.csv").read_text()
+    with pytest.raises(GridError):
+        compare(DIVERGING, out, **options)
+    assert watch.seen() == []  # what is kept is not run again, and what diverges does so in its first epoch
+    assert (out / "results.csv").read_text() == rows
+    assert len(compare(replace(DIVERGING, variants=("vanilla", "AT")), out, on_epoch=watch)) == 6
+    assert watch.seen() == []
+
+
+def test_a_grid_goes_on_without_a_run_that_diverges(tmp_path: Path) -> None:
+    check_a_grid_with_a_variant_that_diverges(tmp_path, run_all)
+
+
+@pytest.mark.slow
+def test_a_grid_in_two_processes_goes_on_too(tmp_path: Path) -> None:
+    check_a_grid_with_a_variant_that_diverges(tmp_path, partial(run_all, processes=2))
+
+
+def test_a_seed_that_cannot_be_drawn_loses_its_own_runs_alone(tmp_path: Path) -> None:
+    watch, done = Watch(tmp_path / "epochs", failing="seed 0, dense"), []
+    with pytest.raises(
+        GridError,
+        match=r"^1 run failed, and all others are kept: no tickets of seed 0, and so none of its runs: resnet8 on digits, "
+        r"seed 0, dense, vanilla: the run ended\. `sparsetweaks show` has .*; the same command tries these again",
+    ):
+        compare(EXPERIMENT, tmp_path, on_epoch=watch, on_run=lambda *call: done.append(call))
+    assert done == [(4, 8), (5, 8), (6, 8), (7, 8), (8, 8)]  # a drawing and three runs are lost
+    rows = read_rows(tmp_path / "results.csv")
+    assert cells(rows) == [(1, 0, "vanilla"), (1, 1, "AT"), (1, 1, "vanilla")]
+    watch.seen()
+    assert len(compare(EXPERIMENT, tmp_path, on_epoch=Watch(tmp_path / "epochs"))) == 6
+    assert all("seed 0" in title for title in watch.seen())
+    assert read_rows(tmp_path / "results.csv")[:3] == rows
+
+
+@pytest.mark.parametrize("error", [LotteryError, RuntimeError, KeyboardInterrupt])
+def test_what_is_wrong_with_more_than_one_run_stops_at_once(tmp_path: Path, error: type[Exception]) -> None:
+    watch = Watch(tmp_path / "epochs", failing="AT", error=error)
+    with pytest.raises(error, match=r"^the run ended$"):
+        compare(EXPERIMENT, tmp_path, on_epoch=watch)
+    assert [title for title in watch.seen() if "AT" in title] == [
+        "resnet8 on digits, seed 0, imp, level 1, 50.0 % sparse, AT"
+    ]
+
+
+@pytest.mark.parametrize("engine", ["one process", "two processes", "Ray"])
+def test_whatever_runs_them_each_task_is_run_and_a_reason_takes_the_place_of_a_result(
+    engine: str, fake_ray: types.ModuleType
+) -> None:
+    tasks = [partial(max, 1, 2), partial(fail, "the loss became nan", RunError), partial(min, 1, 2)]
+    failed: list[str] = []
+    with (
+        on_ray()
+        if engine == "Ray"
+        else nullcontext(partial(run_all, processes=1 + (engine != "one process"))) as run
+    ):
+        assert sorted(run_each(run, tasks, failed), key=str) == [1, 2, None]
+        assert failed == ["the loss became nan"]
+
+
+def test_failures_are_told_whole_as_long_as_they_are_few() -> None:
+    assert str(GridError("a: 1", "b: 2", "c: 3")).startswith(
+        "3 runs failed, and all others are kept: a: 1; b: 2; c: 3. `"
+    )
+    many = GridError(*"abcdef")
+    assert str(many).startswith("6 runs failed, and all others are kept: a; b; c; and 3 more. `")
+    assert str(pickle.loads(pickle.dumps(many))) == str(many)
+
+
+def test_a_failure_holds_no_network_for_as_long_as_the_grid() -> None:
+    class Network:
+        pass
+
+    held = []
+
+    def diverge() -> None:
+        network = Network()
+        held.append(weakref.ref(network))
+        raise RunError("the loss became nan")
+
+    assert list(run_each(run_all, [diverge, lambda: held[0]()], [])) == [None, None]
 
 
 # ----------------------------------------------------------------------------------------------------------- Ray
@@ -266,6 +401,9 @@ def test_a_grid_on_a_real_ray_ends_in_the_same_bits(real_ray, in_process, tmp_pa
         assert content(tmp_path) == in_process
         assert done[-1] == (8, 8)
         assert set(engine([torch.get_num_threads] * 3)) == {1}
+        with pytest.raises(GridError, match=r"^1 run failed, .* 50.0 % sparse, TRT: the loss became nan"):
+            compare(replace(DIVERGING, seeds=(0,)), tmp_path, engine=engine)
+        assert content(tmp_path)[1] == in_process[1]
         wrong = Experiment(("vanilla",), Source("nowhere"), Network("resnet8", width=4), RECIPE, 1, 0.5, (0,))
         with pytest.raises(LotteryError, match=r"^unknown data set 'nowhere'"):
             compare(wrong, tmp_path, engine=engine)

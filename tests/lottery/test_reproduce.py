@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparsetweaks.lottery.claims import EXPECTATIONS, KINDS, accuracies, findings
-from sparsetweaks.lottery.config import LotteryError, Network, Recipe, variant
+from sparsetweaks.lottery.config import LotteryError, Network, Recipe, RunError, variant
 from sparsetweaks.lottery.experiment import Experiment, Source, compare
 from sparsetweaks.lottery.figures import FIGURES, PRESETS
 from sparsetweaks.lottery.files import save
@@ -196,6 +196,34 @@ def test_a_figure_of_looks_leaves_the_same(
     )  # nothing is trained again, nor looked at
     monkeypatch.setattr("sparsetweaks.lottery.smoothness.spent_network", pytest.fail)
     assert reproduce(figure, "digits", tmp_path) == told
+
+
+@pytest.mark.parametrize("figure", ["7", "A1"])
+def test_a_figure_that_lacks_a_run_is_not_drawn_and_all_else_is_run(
+    small: None, figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+    parts, failing = experiments(figure, "digits"), f"{FIGURES[figure].variants[-1]}"
+
+    def train(*given: object, title: str, **options: object) -> object:
+        if title.startswith("resnet8") and title.endswith(f" {failing}") and "seed 1" in title:
+            raise RunError("the loss became nan")
+        return real_train(*given, title=title, **options)
+
+    monkeypatch.setattr("sparsetweaks.lottery.spend.train", train)
+    with pytest.raises(LotteryError) as caught:
+        reproduce(figure, "digits", tmp_path, on_run=lambda *call: calls.append(call))
+    assert re.match(
+        rf"figure {figure} \(digits\) is not drawn, as runs are missing: \d runs? failed, and all others are kept: "
+        rf"resnet8 on digits, seed 1, .*, {re.escape(failing)}: the loss became nan",
+        str(caught.value),
+    )
+    assert not (tmp_path / "figures").exists()
+    rows, failed = read_rows(tmp_path / "results.csv"), str(caught.value).count("the loss became nan")
+    assert len(rows) == sum(part.spendings for part in parts) - failed
+    assert calls[-1][0] == calls[-1][1]
+    monkeypatch.setattr("sparsetweaks.lottery.spend.train", real_train)
+    assert f"Figure {figure}" in reproduce(figure, "digits", tmp_path)
 
 
 def test_runs_of_another_version_are_named_and_not_a_key_error(small: None, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from sparsetweaks.analysis import activation_sparsity, hessian_top_eigenvalues
-from sparsetweaks.lottery.config import LotteryError, Network, Recipe, Tweaks, variant
+from sparsetweaks.lottery.config import LotteryError, Network, Recipe, RunError, Tweaks, variant
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.draw import draw
 from sparsetweaks.lottery.experiment import Experiment, Source, tickets_of
+from sparsetweaks.lottery.grid import GridError
 from sparsetweaks.lottery.smoothness import (
     ALL,
     BEST,
@@ -252,6 +254,30 @@ def test_tickets_that_are_not_spent_yet_are_spent(tmp_path: Path) -> None:
     assert all(math.isfinite(look.numbers[EVERYTHING]["near zeros"]) for look in looks)
     assert looks[0].numbers != looks[1].numbers
     assert len(tickets_of(kept, tmp_path, "cpu", 0)) == 2
+
+
+def test_looks_go_on_without_a_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing, counted = "TRT", []
+
+    def trained(*given: object, title: str, **options: object) -> object:
+        if failing in title:
+            raise RunError("the loss became nan")
+        return train(*given, title=title, **options)
+
+    monkeypatch.setattr("sparsetweaks.lottery.spend.train", trained)
+    kept = replace(EXPERIMENT, keep_epochs=(1, 3), dense=(), variants=("AT+TRT", "vanilla"))
+    with pytest.raises(GridError) as caught:
+        look_at(kept, tmp_path, "activations", epochs=(1, 3), on_look=lambda: counted.append(1))
+    (told,) = caught.value.args
+    assert re.fullmatch(
+        "resnet8 on digits, seed 0, imp, level 1, 80.. % sparse, AT.TRT: the loss became nan", told
+    )
+    assert len(counted) == 4 and len(list((tmp_path / "analyses").iterdir())) == 2
+    failing = "seed 0, dense"
+    with pytest.raises(
+        GridError, match="no tickets of seed 0, and so none of its runs: resnet8 on digits, seed 0, dense"
+    ):
+        look_at(kept, tmp_path / "other", "activations", epochs=(1, 3))
 
 
 def test_what_cannot_be_looked_at_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
 from dataclasses import replace
@@ -11,14 +12,24 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparsetweaks.lottery.config import VARIANTS, LotteryError, Network, Recipe, Tweaks, variant
+from sparsetweaks.lottery.config import (
+    VARIANTS,
+    LotteryError,
+    Network,
+    Recipe,
+    RunError,
+    Tweaks,
+    key,
+    variant,
+)
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.draw import UNTRAINED, draw, draw_by_masks, draw_one_shot, draw_untrained
 from sparsetweaks.lottery.files import FORMAT, check_writable
 from sparsetweaks.lottery.models import build
-from sparsetweaks.lottery.pools import pool, pool_row
+from sparsetweaks.lottery.pools import SHARES, pool, pool_key, pool_row
 from sparsetweaks.lottery.spend import row, run_key, spend, tweaked
 from sparsetweaks.lottery.store import Ticket, dense_ticket, load_ticket, save_ticket, ticket_path
+from sparsetweaks.lottery.train import train
 from sparsetweaks.masks import find_masks
 from sparsetweaks.pruning import erk_budgets
 from sparsetweaks.surgery.skips import inject_skips
@@ -636,6 +647,32 @@ def test_a_ticket_of_a_users_network_asks_before_it_imports(
     sys.modules.pop("home_made")
 
 
+# ------------------------------------------------------------------------------------ what is wrong with one run
+
+
+def test_what_is_wrong_with_a_run_is_said_with_its_name(
+    digits: Data, tickets: list[Ticket], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = {"seed": 0, "folder": tmp_path}
+    untrained = draw_untrained(digits, NETWORK, method="random", sparsities=[0.5], **common)[1]
+    title, wrong = "resnet8 on digits, seed 0, imp, level 1, 50.0 % sparse", "the loss became nan in epoch 1"
+    huge = replace(variant("TRT"), scales={"iterations": 2, "floor": 1e38})
+    with pytest.raises(RunError, match=f"^{title}, TRT: the loss is nan"):  # as the surgery says it
+        spend(tickets[1], huge, digits, RECIPE, name="TRT", **common)
+    with pytest.raises(RunError, match=r"random, level 1, .*, rewinding: this ticket has no late weights"):
+        spend(untrained, variant("rewinding"), digits, RECIPE, name="rewinding", **common)
+    taught = f"^{title}, KD: resnet8 on digits, seed 0, dense, vanilla: {wrong}"  # the teacher failed
+
+    def diverge(*given: object, **options: object) -> object:
+        return train(*given, **{**options, "loss": lambda logits, _: logits.sum() * math.nan})
+
+    monkeypatch.setattr("sparsetweaks.lottery.spend.train", diverge)
+    with pytest.raises(RunError, match=taught):
+        spend(tickets[1], variant("KD"), digits, RECIPE, name="KD", **common)
+    with pytest.raises(RunError, match=f"^{title}, pools: {title}, vanilla: {wrong}"):
+        pool(tickets[1], tickets, digits, RECIPE, **common)
+
+
 # ------------------------------------------------------------------------------------------------ Lottery Pools
 
 
@@ -654,6 +691,33 @@ def test_pools_keep_the_non_zeros_and_never_lose_in_validation(
         assert line["variant"] == "pools"
         assert line["budget"] == (ticket.nonzeros or counts(tickets[1]))
         assert line["run"] != row(ticket, "vanilla", Tweaks(), digits, RECIPE, plain, seed=0)["run"]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+def test_pools_keep_as_many_of_each_layer_as_the_scope_of_the_ticket_says(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str
+) -> None:
+    common = {"seed": 0, "folder": tmp_path, "scope": scope, "sparsities": [0.6, 0.7, 0.8]}
+    drawn = draw_untrained(digits, NETWORK, method="random", **common)[1:]
+    looks = iter(range(1, 20))  # each better than all before, so that the last interpolation is taken
+    monkeypatch.setattr("sparsetweaks.lottery.pools.accuracy", lambda *_: next(looks))
+    pooled = pool(drawn[1], drawn, digits, RECIPE, seed=0, folder=tmp_path).weights["best"]
+    left = [int(pooled[name].count_nonzero()) for name in drawn[1].masks]
+    assert sum(left) == drawn[1].nonzeros
+    assert (left == shares(drawn[1].masks)) is (scope != "global")
+    weights = [pooled[name] != 0 for name in drawn[1].masks]
+    assert any((kept & ~mask).any() for kept, mask in zip(weights, drawn[1].masks.values(), strict=True))
+
+
+def test_pools_by_layer_are_not_those_of_before_under_the_same_name(digits: Data, tmp_path: Path) -> None:
+    """They were pruned as if they were global; the names of those that are global stay."""
+    common = {"sparsities": [0.6, 0.8], "seed": 0, "folder": tmp_path}
+    for scope in ("global", "layer"):
+        drawn = draw_untrained(digits, NETWORK, method="random", scope=scope, **common)[1:]
+        device = torch.device("cpu")
+        runs = [run_key(each, Tweaks(), RECIPE, seed=0, device=device) for each in drawn]
+        before = key("pools", runs, SHARES)
+        assert (pool_key(drawn[0], drawn, RECIPE, seed=0, device=device) == before) is (scope == "global")
 
 
 def test_pools_choose_on_validation_and_look_at_the_test_images_once(
