@@ -42,22 +42,28 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _end)  # so that the time of a call that is ended is noted
     assert set(ORDER) == set(FIGURES)
+    missing = []
     for figure in arguments.figures:
         words = [figure, "--preset", arguments.preset, "--out", str(arguments.out)]
         words += [word for folder in arguments.data for word in ("--data", folder)]
-        run(figure, [*words, "--processes", str(arguments.processes)], arguments.out)
+        if not ran(figure, [*words, "--processes", str(arguments.processes)], arguments.out):
+            missing.append(figure)
+            continue
         for ending in ENDINGS:
             name = f"{figure}-{arguments.preset}{ending}"
             KEPT.mkdir(exist_ok=True)
             shutil.copyfile(arguments.out / "figures" / name, KEPT / name)
     (KEPT / f"seconds-{arguments.preset}.csv").write_text(seconds(arguments.out), encoding="utf-8")
+    if missing:
+        raise SystemExit(f"not drawn: {', '.join(missing)}")
 
 
-def run(figure: str, words: list[str], out: Path) -> None:
-    """One call of the command, and a line of how long it took."""
+def ran(figure: str, words: list[str], out: Path) -> bool:
+    """One call of the command, and a line of how long it took; whether it drew the figure."""
     before, started = _children(), time.perf_counter()
     try:
-        subprocess.run([sys.executable, "-m", "sparsetweaks", "reproduce", *words], check=True)
+        command = [sys.executable, "-m", "sparsetweaks", "reproduce", *words]
+        return subprocess.run(command, check=False).returncode == 0
     finally:  # a call that was cut off took time too
         line = {
             "figure": figure,
