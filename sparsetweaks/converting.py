@@ -12,7 +12,7 @@ from torch.nn.utils import prune as torch_prune
 
 from sparsetweaks.copying import copy_model, own_class
 from sparsetweaks.errors import SurgeryError
-from sparsetweaks.forms import Place, masked_parameters, places
+from sparsetweaks.forms import Place, erase, masked_parameters, places
 from sparsetweaks.prunable import prunable_weights
 from sparsetweaks.surgery.programs import program_of, unwritten
 
@@ -204,7 +204,8 @@ def _take_off(place: Place, model: nn.Module, *, zeros_stay: bool) -> None:
         _check_that_no_forward_reads_the_parametrization(place, model)
     if zeros_stay:
         mask = place.mask().to(place.parameter.device)
-        place.parameter.copy_(place.value()).masked_fill_(~mask, 0)
+        place.parameter.copy_(place.value())
+        erase(place.parameter, mask)
     with unwritten(module):
         if form == "buffers":
             del module._buffers[attribute + "_mask"]

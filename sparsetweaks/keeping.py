@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from sparsetweaks.copying import check_model
-from sparsetweaks.forms import Place, masked_parameters
+from sparsetweaks.forms import INTEGERS, Place, masked_parameters
 from sparsetweaks.prunable import how_to_mask
-
-# A whole number of each width, to AND masks into floating-point numbers of that width.
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # LBFGS keeps its state for all parameters in one flat vector each: single ones, and lists of them.
 _LBFGS_VECTORS = ("d", "prev_flat_grad")
@@ -123,7 +120,7 @@ class _Held:
             return self._bits
         stored_now = [buffers[key] for buffers, key in self._slots]
         self._stored = [(each, None if each is None else each._version) for each in stored_now]
-        integer = _INTEGERS.get(self._parameter.dtype.itemsize, torch.int8)
+        integer = INTEGERS.get(self._parameter.dtype.itemsize, torch.int8)
         kept = [each != 0 for each in stored_now if each is not None]
         mask = functools.reduce(torch.Tensor.logical_and, kept)
         self._bits: Tensor = _shard_of(mask, self._parameter).to(integer).neg_()

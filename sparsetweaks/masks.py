@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from sparsetweaks.copying import check_model, copy_model
 from sparsetweaks.errors import SurgeryError
-from sparsetweaks.forms import Place, masked_parameters, masked_places, places
+from sparsetweaks.forms import Place, erase, masked_parameters, masked_places, places
 from sparsetweaks.prunable import added_modules, close_names, how_to_mask, prunable_weights
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -128,7 +128,7 @@ def lift_masks(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     masks = masks_by_parameter(model)
     for place in masked_places(model):
         with torch.no_grad():
-            place.parameter.masked_fill_(~masks[place.parameter], 0)
+            erase(place.parameter, masks[place.parameter])
         place.set_mask(torch.ones_like(masks[place.parameter]))
     return masks
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from sparsetweaks.errors import SurgeryError
+from sparsetweaks.forms import INTEGERS
 
 FORMAT = "sparsetweaks-sparse"
 VERSION = 1
@@ -62,8 +63,6 @@ _COMPLEX = {
     torch.complex128: torch.float64,
     torch.complex64: torch.float32,
 }
-# Whole numbers of each width, as which any number is picked out and put back bit for bit.
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in (*_CODES, *_COMPLEX)}
 
 
@@ -183,7 +182,7 @@ def _encoded(tensor: Tensor, mask: Tensor | None) -> tuple[str, dict[str, Tensor
     where = {"bitmap": _bitmap(mask), "gaps": _gaps(mask)}
     coding = min(where, key=lambda name: where[name].nbytes)
     rows = whole.view(mask.numel(), 2) if tensor.dtype in _COMPLEX else whole.view(-1)
-    values = rows.view(_INTEGERS[rows.itemsize])[mask].view(rows.dtype)
+    values = rows.view(INTEGERS[rows.itemsize])[mask].view(rows.dtype)
     return coding, {coding: where[coding], "values": values}
 
 
@@ -297,7 +296,7 @@ def _decoded(
         where, values = parts[f"{name}/{coding}"], parts[f"{name}/values"]
         count = math.prod(shape)
         kept = _from_bitmap(where, count) if coding == "bitmap" else _from_gaps(where, count)
-        numbers = torch.zeros(count, *values.shape[1:], dtype=_INTEGERS[values.itemsize])
+        numbers = torch.zeros(count, *values.shape[1:], dtype=INTEGERS[values.itemsize])
         numbers[kept] = values.view(numbers.dtype)
         stored = numbers.view(values.dtype).view([*shape, *values.shape[1:]])
         mask = kept.view(shape)

@@ -210,7 +210,7 @@ MUTANTS = (
     Mutant(
         "masks kept",
         "forms.py",
-        "            self.parameter.masked_fill_(~mask.to(self.parameter.device), 0)",
+        "            erase(self.parameter, mask.to(self.parameter.device))",
         "            pass",
         MASKS + "test_what_is_applied_is_found_and_the_model_is_left_alone",
     ),

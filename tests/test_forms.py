@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 
@@ -31,7 +32,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from sparsetweaks.counting import sparsity
 from sparsetweaks.errors import SurgeryError
-from sparsetweaks.forms import masked_places
+from sparsetweaks.forms import erase, masked_places
 from sparsetweaks.keeping import keep_masks
 from sparsetweaks.masks import apply_masks, find_masks, rewind
 from sparsetweaks.pruning import prune
@@ -225,3 +226,28 @@ def test_scripted_modules_are_read_and_refuse_new_masks():
     assert same(find_masks(apply_masks(model, {"1.weight": smaller})), {"1.weight": smaller})
     with pytest.raises(SurgeryError, match="scripted module, which takes no new buffer"):
         apply_masks(model, {"1.bias": torch.ones(4, dtype=torch.bool)})
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.complex64,
+        torch.complex128,
+        torch.int8,
+    ],
+)
+def test_erasing_leaves_exact_zeros_whatever_was_there(dtype: torch.dtype) -> None:
+    values = torch.tensor(
+        [1.0, -2.0, 3.0, -4.0] if dtype == torch.int8 else [math.nan, -2.0, -math.inf, -4.0]
+    )
+    tensor, mask = values.to(dtype).reshape(2, 2).t(), torch.tensor([[False, False], [False, True]])
+    same, version = tensor, tensor._version
+    erase(tensor, mask)
+    assert tensor is same and tensor._version > version  # whoever saved it for a backward pass hears of it
+    assert tensor.tolist() == [[0, 0], [0, -4]]
+    if dtype.is_floating_point:
+        assert not tensor[~mask].signbit().any()
