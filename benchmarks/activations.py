@@ -1,9 +1,10 @@
-"""What a smooth activation costs in training time: steps of ResNet-20 with Swish, its ghost and Mish against ReLU.
+"""What tweaks cost in time: steps of ResNet-20 with Swish, its ghost and Mish, and inference with AT, against ReLU alone.
 
     python benchmarks/activations.py
 
-Batch 128 of 32x32 images, channels last, at 95 % sparsity with masks kept; in float32, and in bfloat16 by autocast. The
-ghost is measured at full strength, and at strength 0, where nothing but the original activation is computed any more.
+Batch 128 of 32x32 images, channels last, at 95 % sparsity; steps in float32, and in bfloat16 by autocast. The ghost is
+measured at full strength, and at strength 0, where nothing but the original activation is computed any more. Inference is
+in float32: AT is skips and Swish, and once folded it differs from the folded network without tweaks in Swish alone.
 """
 
 from __future__ import annotations
@@ -58,6 +59,24 @@ def step_of(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
     return step
 
 
+def inference_of(model: nn.Module) -> Callable[[], object]:
+    model = model.to(memory_format=torch.channels_last).eval()
+    images = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
+    return torch.no_grad()(functools.partial(model, images))
+
+
+def inference(network: str, options: argparse.Namespace) -> Iterator[Row]:
+    torch.manual_seed(0)
+    plain = st.prune(build(Network(network), channels=3, classes=10, seed=0), SPARSITY).eval()
+    tweaked = st.swap_activations(st.inject_skips(plain, strength=0.3), "swish")
+    models = {"as it is": plain, "folded": st.fold(plain), "AT": tweaked, "AT, folded": st.fold(tweaked)}
+    runs = {name: inference_of(model) for name, model in models.items()}
+    times = paired.interleaved(runs, options.repeats, warm_up=2)
+    for name, peer in (("AT", "as it is"), ("AT, folded", "folded"), ("AT, folded", "as it is")):
+        found = paired.ratios(times, name, peer)
+        yield paired.spread(f"inference of {network} in float32", f"time, {name} / {peer}", found)
+
+
 def measure(name: str, options: argparse.Namespace) -> Iterator[Row]:
     torch.manual_seed(0)
     ticket = st.prune(build(Network("resnet20"), channels=3, classes=10, seed=0), SPARSITY)
@@ -68,7 +87,10 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[Row]:
         yield paired.spread(f"a step of ResNet-20 in {name}", f"time, {variant} / relu", found)
 
 
-CASES = {name: functools.partial(measure, name) for name in DTYPES}
+CASES = {
+    **{name: functools.partial(measure, name) for name in DTYPES},
+    **{f"inference, {name}": functools.partial(inference, name) for name in ("resnet20", "vgg16")},
+}
 
 if __name__ == "__main__":
     paired.main(__doc__, "activations", CASES, repeats=9)

@@ -24,7 +24,8 @@ import paired
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = (
-    "layer_scales", "keep_masks", "pruning", "hessian", "throughput", "surgery", "lottery", "activations", "sparse_paths",
+    "layer_scales", "keep_masks", "pruning", "hessian", "throughput", "surgery", "lottery", "activations", "sparse_file",
+    "sparse_paths",
 )  # fmt: skip
 OWN_SHAPE = (
     "throughput",
@@ -87,12 +88,12 @@ def collected() -> Iterator[dict[str, Any]]:
     """What has a target, or is a comparison that has none, from each benchmark's own table."""
     for name in BENCHMARKS:
         lines = paired.read(paired.RESULTS / f"{name}.csv")
-        for line in READERS.get(name, as_it_is)(lines):
+        for line in READERS.get(name, with_targets)(lines):
             yield {"benchmark": name, **line}
 
 
-def as_it_is(lines: Table) -> Table:
-    return (line for line in lines if line["target"] or line["case"] in ("float32", "bfloat16"))
+def with_targets(lines: Table) -> Table:
+    return (line for line in lines if line["target"])
 
 
 def of_surgery(lines: Table) -> Table:
@@ -114,13 +115,17 @@ def of_sparse_paths(lines: Table) -> Table:
         if line["sparsity"] == "0.95":
             low, _, high = line["layer_quartiles"].partition(" to ")
             made = {**line, "median": line["layer_ratio"], "least": low, "most": high, "n": line["repeats"]}
-            yield _line(f"CSR convolution, {line['layer']}, 95 % sparse", "time / dense", made, None)
+            yield _line(
+                f"weights in CSR, {line['layer']}, 95 % sparse", "time / dense, quartiles", made, None
+            )
 
 
 READERS: dict[str, Callable[[Table], Table]] = {
     "surgery": of_surgery,
     "throughput": of_throughput,
     "sparse_paths": of_sparse_paths,
+    "activations": iter,  # comparisons, none of which has a target
+    "sparse_file": iter,
 }
 
 

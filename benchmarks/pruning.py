@@ -112,7 +112,7 @@ def memory(size: str, options: argparse.Namespace) -> Iterator[Row]:
         weights = sum(parameter.nbytes for parameter in convolutions(SIZES[size]).parameters())
     for name in METHODS:
         found = paired.in_new_process(f"{name}:{size}") / weights
-        target = MEMORY_TARGET if name == "select" else None
+        target = MEMORY_TARGET if name in ("select", "prune") else None
         note = "the new model among it" if name == "prune" else ""
         what = f"global magnitude pruning, {size} weights"
         yield Row(what, f"extra memory / weights, {name}", found, n=1, target=target, note=note)

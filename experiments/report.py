@@ -7,6 +7,7 @@ python experiments/report.py --check    # fail if it is not what the results say
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import re
 import statistics
@@ -139,25 +140,26 @@ def _with_interval(cell: Cell, sign: str) -> str:
     return f"**{text}**" if sign and abs(cell.mean) > cell.interval else text
 
 
-def paper_and_ours() -> str:
-    """For each figure what the paper says, what came out at the digits preset, and whether that agrees."""
+def paper_and_ours(preset: str) -> str:
+    """For each figure what the paper says, what came out at a preset, and whether that agrees."""
     lines, settings = [["figure", "the paper says that", "here", "verdict"]], set()
     for figure, drawn in FIGURES.items():
         found: dict[str, list[dict[str, str]]] = {}
-        path, name = PICTURES / f"{figure}-digits.claims.csv", f"{figure} {drawn.title}"
+        path, name = PICTURES / f"{figure}-{preset}.claims.csv", f"{figure} {drawn.title}"
         if not path.is_file():
-            lines.append([name, "", "not run yet", ""])
             continue
         for row in read_table(path):
             found.setdefault(row["paper"], []).append(row)
-        name = f"[{figure}](experiments/figures/{figure}-digits.png) {drawn.title}"
+        name = f"[{figure}](experiments/figures/{figure}-{preset}.png) {drawn.title}"
         for said, rows in found.items():
             ours = "; ".join(_told(row, several=len(rows) > 1) for row in rows)
             verdicts = "; ".join(dict.fromkeys(row["verdict"] for row in rows))
             lines.append([name, said or "(nothing of the two spaces)", ours, verdicts])
             name = ""
         settings |= {rows[0]["setting"] for rows in found.values() if figure not in ("6", "7")}
-    times = read_table(PICTURES / "seconds-digits.csv")
+    if not settings:
+        return "Not run yet."
+    times = read_table(PICTURES / f"seconds-{preset}.csv")
     used = sum(float(row["processor_seconds"]) for row in times) / 60
     return "\n".join(
         [
@@ -251,7 +253,10 @@ SECTIONS = {
     "real images": real_images,
     "ghosts": ghosts,
     "where": where,
-    "paper and ours": paper_and_ours,
+    **{
+        f"paper and ours, {name}": functools.partial(paper_and_ours, name)
+        for name in ("digits", "cifar10-small")
+    },
     "zoo": zoo,
     "speed": speed,
 }
