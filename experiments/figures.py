@@ -27,7 +27,7 @@ from sparsetweaks.lottery.spend import processor
 KEPT = Path(__file__).parent / "figures"
 ENDINGS = (".png", ".csv", ".claims.csv", ".txt")
 ORDER = ("A12", "5", "10", "11", "4a", "1a", "1b", "1c", "1d", "4b", "8", "9", "A13", "7", "6", "2", "A1")
-"""What others share comes first, so that each figure's time is what it adds: above all the runs of which several epochs are kept."""
+"""What others share comes first, above all runs of which several epochs are kept: each figure's time is what it adds."""
 
 
 def main() -> None:
