@@ -26,6 +26,7 @@ COPYING = "tests/test_copying.py::"
 SCOPES = "tests/surgery/test_scopes.py::"
 SKIPS = "tests/surgery/test_skips.py::"
 ACTIVATIONS = "tests/surgery/test_activations.py::"
+FOLDING = "tests/surgery/test_folding.py::"
 SCALES = "tests/recipe/test_layer_scales.py::"
 MASKS = "tests/test_masks.py::"
 KEEPING = "tests/test_keeping.py::"
@@ -241,6 +242,27 @@ MUTANTS = (
         "            if isinstance(value, Tensor) and value.shape == parameter.shape:\n                _zero(value, bits)",
         "            pass",
         KEEPING + "test_state_from_before_the_masks_is_zeroed_on_entry",
+    ),
+    Mutant(
+        "folded networks agree",
+        "surgery/affine.py",
+        "    shift = -mean * scale",
+        "    shift = 0 * mean",
+        FOLDING + "test_a_norm_after_a_linear_layer_folds_with_its_skip",
+    ),
+    Mutant(
+        "folded networks agree",
+        "surgery/affine.py",
+        "        tap.append(centre // dilation)",
+        "        tap.append(max(centre // dilation - 1, 0))",
+        FOLDING + "test_every_number_of_dimensions_with_and_without_norm_and_bias",
+    ),
+    Mutant(
+        "folded networks agree",
+        "surgery/foldable.py",
+        "        if own and path not in following:",
+        "        if False:",
+        FOLDING + "test_in_torchvision_every_norm_is_folded_or_named",
     ),
     Mutant(
         "exact top-k under ties",

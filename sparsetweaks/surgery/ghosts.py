@@ -276,6 +276,9 @@ def anneal_ghosts(
     buffers, in place: like `optimizer.step` it is a part of the training loop, and unlike every surgery it changes the
     model that it is given. Nothing is recompiled, moved or synchronised.
 
+    An average of models that averages buffers too (`AveragedModel(model, use_buffers=True)`) averages the strengths that
+    the ghosts have had, and so lags behind: anneal the average itself to the end before `remove_ghosts`, see the example.
+
     Args:
         model: a model with ghosts, also wrapped by torch.compile, DistributedDataParallel or AveragedModel.
         progress: how much of the training is done, in [0, 1], e.g. `epoch / epochs`.
@@ -301,6 +304,15 @@ def anneal_ghosts(
         [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
         >>> ticket[0].skip.strength
         tensor([0.])
+
+        >>> average = torch.optim.swa_utils.AveragedModel(ticket, use_buffers=True)
+        >>> for epoch in range(4):
+        ...     _ = st.anneal_ghosts(ticket, epoch / 3)
+        ...     average.update_parameters(ticket)
+        >>> average.module[0].skip.strength
+        tensor([0.3333])
+        >>> _ = st.anneal_ghosts(average, 1)
+        >>> trained = st.remove_ghosts(average.module)
     """
     check_model(model)
     if schedule not in _SCHEDULES:

@@ -21,7 +21,7 @@ from sparsetweaks.surgery.folding import fold
 from sparsetweaks.surgery.ghosts import Ghost, anneal_ghosts, remove_ghosts
 from sparsetweaks.surgery.programs import Rewritten, original_class
 from sparsetweaks.surgery.sites import changes
-from sparsetweaks.surgery.skips import inject_skips
+from sparsetweaks.surgery.skips import Skip, inject_skips
 from sparsetweaks.testing import (
     build,
     differences,
@@ -73,13 +73,17 @@ def kinds(model: nn.Module) -> list[tuple[str, bool]]:
 
 
 def shake(model: nn.Module, seed: int) -> None:
-    """Statistics and skips as after training: nothing is 0 or 1 by accident."""
+    """Statistics, affine parameters and skips as after training: nothing is 0 or 1 by accident."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
         if name.endswith("running_mean") or (".skip." in name and tensor.dim() > 0 and tensor.requires_grad):
             tensor.data.normal_(generator=generator)
         elif name.endswith("running_var"):
             tensor.data.uniform_(0.5, 2, generator=generator)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for parameter in module.parameters(recurse=False):
+                parameter.data.uniform_(0.5, 1.5, generator=generator)
 
 
 @drawn
@@ -135,13 +139,22 @@ def test_a_folded_network_computes_what_it_did(spec, skip, swapped):
         before = snapshot(model)
         folded = quietly(fold, model)
         assert differences(before, snapshot(model)) == []
-    assert all(site.left for site in changes(folded)[-1].left)
+    named = {site.path: site.left for site in changes(folded)[-1].left}
+    assert all(named.values())
+    kept = dict(folded.named_modules())
+    for path, module in model.named_modules():
+        if isinstance(module, Skip):
+            assert isinstance(kept.get(path), Skip) == (path in named)
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and ".skip." not in path:
+            assert type(kept[path]) is (type(module) if path in named else nn.Identity)
 
     def outputs(network: nn.Module) -> Any:
         seen = observe(network, batch, training=False)
         return type(seen)({key: value for key, value in seen.values.items() if "output" in key})
 
-    assert differences(outputs(model), outputs(folded), tolerance=1e-10) == []
+    expected = outputs(model)
+    assert any(isinstance(value, torch.Tensor) for value in expected.values.values())
+    assert differences(expected, outputs(folded), tolerance=1e-10) == []
 
 
 @drawn
@@ -151,6 +164,7 @@ def test_folding_keeps_masks_beneath_what_it_fills(masked, skip):
     shake(model, 1)
     folded = quietly(fold, model)
     masks = find_masks(model)
+    assert {name for name in masks if name.endswith("weight")} <= find_masks(folded).keys() <= masks.keys()
     for name, mask in find_masks(folded).items():
         grown = mask & ~masks[name]
         assert not (masks[name] & ~mask).any()

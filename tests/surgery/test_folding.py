@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
-from torch import nn
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
 import sparsetweaks as st
+from sparsetweaks.surgery.folding import TOLERANCES
 from sparsetweaks.surgery.programs import Rewritten
 from sparsetweaks.surgery.skips import Skip
 
@@ -32,12 +34,15 @@ SKIPS = {
 def shaken(model: nn.Module) -> nn.Module:
     """Trained-looking statistics, affine parameters and skips, so that nothing is 0 or 1 by accident."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    for name, parameter in model.named_parameters():
-        if "norm" in name or ".1." in name or "skip" in name:
-            nn.init.uniform_(parameter, -1, 1.5)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.running_mean is not None:
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+            for parameter in module.parameters():
+                nn.init.uniform_(parameter, 0.5, 1.5)
+        elif isinstance(module, Skip):
+            for parameter in module.parameters():
+                nn.init.uniform_(parameter, 0.5, 1.5)
     return model
 
 
@@ -48,12 +53,45 @@ def unit(*args, rank: int = 2, norm: bool = True, **kwargs) -> nn.Sequential:
 
 
 def fold_and_compare(model: nn.Module, x: torch.Tensor, **options) -> nn.Module:
-    """The oracle is the model itself in eval mode, in float64; the comparison is this file's own."""
+    """The oracle is the model itself in eval mode, in double precision; the comparison is this file's own."""
     folded = st.fold(model, **options)
-    reference = copy.deepcopy(model).eval()
+    reference = st.copy_model(model).eval()
     with torch.no_grad():
         torch.testing.assert_close(folded(x), reference(x), rtol=1e-10, atol=1e-10)
+    account_for_everything(model, folded)
     return folded
+
+
+def account_for_everything(model: nn.Module, folded: nn.Module) -> None:
+    """Every BatchNorm and every skip of the model is either gone or named."""
+    named = left_of(folded)
+    for path, module in model.named_modules():
+        if isinstance(module, Skip):
+            assert isinstance(dict(folded.named_modules()).get(path), Skip) == (path in named), path
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and ".skip." not in path:
+            kept = folded.get_submodule(path)
+            assert type(kept) is (type(module) if path in named else nn.Identity), path
+
+
+def left_of(folded: nn.Module) -> dict[str, str]:
+    """What `fold` says that stays, and why."""
+    left = st.changes(folded)[-1].left
+    assert len({site.path for site in left}) == len(left)
+    return {site.path: site.left for site in left}
+
+
+def test_what_is_compared_differs_by_much():
+    """Shaken statistics, affine parameters and skips all matter, so that no comparison here holds by accident."""
+    x = torch.randn(2, 4, 9, 9, dtype=torch.double)
+    plain = unit(4, 4, 3, padding=1).double().eval()
+    for options in SKIPS.values():
+        skipped = shaken(st.inject_skips(plain, **options))
+        without = copy.deepcopy(skipped)
+        without[1] = nn.Identity()
+        neutral = copy.deepcopy(plain)
+        neutral.load_state_dict(skipped.state_dict(), strict=False)
+        for other in (without, neutral):
+            assert (skipped(x) - other(x)).abs().max() > 0.1
 
 
 GEOMETRIES = [
@@ -111,27 +149,26 @@ def test_grouped_and_depthwise_convolutions_fold(skip):
     assert st.changes(folded)[-1].left == ()
 
 
-def reasons(model: nn.Module) -> list[str]:
-    return [site.left for site in st.changes(st.fold(model))[-1].left]
-
-
 def test_a_skip_that_cannot_be_folded_stays_and_its_norm_is_folded():
     crossing = st.inject_skips(unit(4, 8, 3, padding=1, groups=4).double(), strength=1.0)
     no_tap = st.inject_skips(unit(4, 4, 2, dilation=2, padding=1).double(), strength=1.0)
     batch = st.inject_skips(unit(4, 4, 3, padding=1).double(), strength=1.0, norm=True)
     batch[0].skip.norm = nn.BatchNorm2d(4, track_running_stats=False).double()
     for model, reason in (
-        (crossing, "its skip crosses the groups of its convolution"),
-        (no_tap, "its kernel has no tap at the position that its skip reads"),
-        (batch, "in its skip, its BatchNorm2d keeps no running statistics"),
+        (crossing, "it crosses the groups of its convolution"),
+        (no_tap, "the kernel has no tap at the position that it reads"),
+        (batch, "its BatchNorm2d keeps no running statistics"),
     ):
-        folded = fold_and_compare(shaken(model), torch.randn(2, 4, 6, 6, dtype=torch.double))
+        x = torch.randn(2, 4, 6, 6, dtype=torch.double)
+        folded = fold_and_compare(shaken(model), x)
         assert isinstance(folded[0].skip, Skip) and isinstance(folded[1], nn.Identity)
-        (site,) = st.changes(folded)[-1].left
-        assert (site.path, site.left) == ("0.skip", reason)
+        assert left_of(folded) == {"0.skip": reason}
+        with pytest.warns(st.NoEffectWarning):
+            again = st.fold(folded)
+        assert left_of(again) == {"0.skip": reason}
         neutral = copy.deepcopy(model)
         neutral[0].skip.strength = 0.0
-        assert not any(isinstance(each, Skip) for each in st.fold(neutral).modules())
+        assert not any(isinstance(each, Skip) for each in fold_and_compare(neutral, x).modules())
 
 
 class Shared(nn.Module):
@@ -151,11 +188,22 @@ class Shared(nn.Module):
 
 def test_sharing_is_folded_where_all_calls_agree():
     folded = fold_and_compare(shaken(Shared().double()), torch.randn(2, 4, 5, 5, dtype=torch.double))
-    report = st.changes(folded)[-1]
-    assert [each.name for each in report.layers] == ["conv1", "conv2", "alike"]
-    assert [(site.path, site.left) for site in report.left] == [
-        ("twice", "it is called in several places, and not followed by the same layers")
-    ]
+    assert [each.name for each in st.changes(folded)[-1].layers] == ["conv1", "conv2", "alike"]
+    differ = "its Conv2d is called in several places, and not followed by the same layers"
+    assert left_of(folded) == {"norm1": differ, "norm2": differ}
+
+
+def test_what_follows_a_shared_layer_is_folded_as_far_as_all_calls_agree():
+    class Alike(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.other = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.other(self.norm(self.conv(x))) + self.norm(self.conv(x))
+
+    folded = fold_and_compare(shaken(Alike().double()), torch.randn(2, 4, 5, 5, dtype=torch.double))
+    assert list(left_of(folded)) == ["other"]
 
 
 def test_a_norm_that_is_also_called_elsewhere_is_kept():
@@ -163,13 +211,19 @@ def test_a_norm_that_is_also_called_elsewhere_is_kept():
         def forward(self, x):
             return self.norm(self.conv1(self.norm(x)))
 
-    with pytest.warns(st.NoEffectWarning, match="also called elsewhere"):
-        st.fold(Elsewhere())
-    with pytest.warns(st.NoEffectWarning, match="also called elsewhere"):
-        st.fold(Shared(), where="conv1")
+    elsewhere = "it is also called elsewhere"
+    for model, where, left in (
+        (Elsewhere(), "conv1", {"norm": elsewhere}),
+        (Shared(), "conv1", {"norm": elsewhere}),
+    ):
+        with pytest.warns(st.NoEffectWarning, match=elsewhere):
+            folded = st.fold(model, where=where)
+        assert left_of(folded) == left
 
 
 class Used(nn.Module):
+    """A convolution and its norm, with something about them that folding must see."""
+
     def __init__(self, how: str):
         super().__init__()
         self.conv, self.norm, self.how = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), how
@@ -180,6 +234,12 @@ class Used(nn.Module):
             return self.norm(y) + y
         if self.how == "weight":
             return self.norm(y) + self.conv.weight.sum()
+        if self.how == "scale":
+            return self.norm(y) + self.norm.weight.sum()
+        if self.how == "activation":
+            return self.norm(torch.relu(y))
+        if self.how == "training":
+            return self.norm(y) if self.training else y
         if self.how == "overwritten":
             z = x.mul_(2)
             return self.norm(y) + z
@@ -188,47 +248,343 @@ class Used(nn.Module):
         return self.norm(y)
 
 
-def test_what_cannot_be_folded_is_named():
-    class Own(nn.Conv2d):
-        def forward(self, x):
-            return super().forward(x) + 1
+class OwnForward(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) + 1
 
-    hooked = unit(4, 4, 3)
-    hooked[0].register_forward_hook(lambda module, given, output: output * 2)
-    hooked_norm = unit(4, 4, 3)
-    hooked_norm[1].register_forward_pre_hook(lambda module, given: None)
+
+class OwnConvolution(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class AlwaysTraining(nn.BatchNorm2d):
+    def train(self, mode: bool = True):
+        return super().train(True)
+
+
+def hooked(index: int) -> nn.Sequential:
+    model = unit(4, 4, 3)
+    model[index].register_forward_hook(lambda module, given, output: output * 2)
+    return model
+
+
+def patched(index: int) -> nn.Sequential:
+    model = unit(4, 4, 3)
+    forward = model[index].forward
+    model[index].forward = lambda x: forward(x) * 2
+    return model
+
+
+def on_meta() -> nn.Sequential:
     with torch.device("meta"):
-        meta = unit(4, 4, 3)
-    for model, reason in {
-        Used("output"): None,
-        Used("weight"): "a forward reads what its Conv2d holds",
-        Used("overwritten"): "a tensor is overwritten between its layers",
-        Used("unread"): "its control flow depends on its inputs",
-        nn.Sequential(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)): "GroupNorm is no BatchNorm",
-        nn.Sequential(
-            nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)
-        ): "no running statistics",
-        nn.Sequential(nn.ConvTranspose2d(4, 4, 3), nn.BatchNorm2d(4)): "it is a transposed convolution",
-        nn.Sequential(Own(4, 4, 3), nn.BatchNorm2d(4)): "Own has a forward of its own",
-        nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)): "it is lazy",
-        hooked: "it has hooks",
-        hooked_norm: "its normalisation has hooks",
-        meta: "on the meta device",
-    }.items():
-        with pytest.warns(st.NoEffectWarning, match=reason or "nothing that can be folded"):
+        return unit(4, 4, 3)
+
+
+class Sliced(nn.Module):
+    """A forward that cannot be read and calls one layer of a Sequential by its index."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        return self.body[0](x) if x.sum() > 0 else self.body(x)
+
+
+def before_and_after(*between: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(4, 4, 3), *between, nn.BatchNorm2d(4))
+
+
+NORM_STAYS = {
+    "output": (Used("output"), "norm", "what the Conv2d before it computes is also used elsewhere"),
+    "weight": (Used("weight"), "norm", "a forward reads what its Conv2d holds"),
+    "scale": (Used("scale"), "norm", "a forward reads what it holds"),
+    "activation": (Used("activation"), "norm", "it follows relu, not a convolution"),
+    "only in training": (Used("training"), "norm", "no forward that can be read calls it in eval mode"),
+    "unread": (Used("unread"), "norm", "its control flow depends on its inputs"),
+    "indexed": (Sliced(), "body.1", "its control flow depends on its inputs"),
+    "module between": (before_and_after(nn.ReLU()), "2", "it follows a ReLU, not a convolution"),
+    "softmax between": (before_and_after(nn.Softmax(1)), "2", "it follows a Softmax, not a convolution"),
+    "first": (
+        nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)),
+        "0",
+        "it follows the input of its forward",
+    ),
+    "alone": (nn.BatchNorm2d(4), "", "no forward that can be read calls it"),
+    "group norm": (nn.Sequential(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)), "1", "it is no BatchNorm of torch"),
+    "no statistics": (
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+        "1",
+        "it keeps no running statistics",
+    ),
+    "training": (
+        nn.Sequential(nn.Conv2d(4, 4, 3), AlwaysTraining(4)),
+        "1",
+        "it stays in training mode when the model is in eval mode",
+    ),
+    "own forward": (
+        nn.Sequential(OwnForward(4, 4, 3), nn.BatchNorm2d(4)),
+        "1",
+        "its OwnForward has a forward of",
+    ),
+    "own convolution": (
+        nn.Sequential(OwnConvolution(4, 4, 3), nn.BatchNorm2d(4)),
+        "1",
+        "its OwnConvolution has a forward of its own",
+    ),
+    "own norm": (nn.Sequential(nn.Conv2d(4, 4, 3), OwnNorm(4)), "1", "it has a forward of its own"),
+    "lazy": (nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)), "1", "its LazyConv2d has no values yet"),
+    "meta": (on_meta(), "1", "its Conv2d has no values yet"),
+    "hooks": (hooked(0), "1", "its Conv2d has hooks"),
+    "hooks of the norm": (hooked(1), "1", "it has hooks"),
+    "patched": (patched(0), "1", "its Conv2d has a forward of its own"),
+    "patched norm": (patched(1), "1", "it has a forward of its own"),
+    "channels": (
+        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(5)),
+        "1",
+        "it normalises 5 channels, and its Linear gives 6",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NORM_STAYS)
+def test_a_norm_that_is_not_folded_is_named(case):
+    model, path, reason = NORM_STAYS[case]
+    with pytest.warns(st.NoEffectWarning, match="nothing that can be folded"):
+        folded = st.fold(model)
+    left = left_of(folded)
+    assert list(left) == [path] and reason in left[path]
+    assert [type(a) for a in folded.modules()] == [type(a) for a in model.modules()]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(folded.parameters(), model.parameters())
+        if not (is_lazy(a) or a.is_meta)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
+def test_a_scripted_norm_is_named():
+    model = nn.Sequential(torch.jit.script(before_and_after()), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    folded = st.fold(model)
+    assert left_of(folded) == {"0.1": "no forward that can be read calls it in eval mode"}
+
+
+def test_an_input_that_is_overwritten_stops_the_skip_and_not_the_norm():
+    x = torch.randn(2, 4, 5, 5, dtype=torch.double)
+
+    def outputs(model):
+        with torch.no_grad():
+            return model.eval()(x.clone())
+
+    model = shaken(Used("overwritten").double())
+    folded = st.fold(model)
+    torch.testing.assert_close(outputs(folded), outputs(model), rtol=1e-10, atol=1e-10)
+    assert left_of(folded) == {}
+    skipped = fx.symbolic_trace(Used("").double())
+    skipped.conv.add_module("skip", st.inject_skips(skipped, strength=0.5).conv.skip)
+    conv, norm = (node for node in skipped.graph.nodes if node.op == "call_module")
+    with skipped.graph.inserting_after(conv):
+        skipped.graph.call_method("mul_", (conv.args[0], 2))
+    with skipped.graph.inserting_after(norm):
+        skip = skipped.graph.call_module("conv.skip")
+    norm.replace_all_uses_with(skip)
+    skip.args = (conv.args[0], norm)
+    skipped.recompile()
+    folded = st.fold(shaken(skipped))
+    torch.testing.assert_close(outputs(folded), outputs(skipped), rtol=1e-10, atol=1e-10)
+    assert list(left_of(folded)) == ["conv.skip"] and "overwritten" in left_of(folded)["conv.skip"]
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    {
+        "resnet18": 0,
+        "densenet121": 62,
+        "googlenet": 0,
+        "inception_v3": 0,
+        "mobilenet_v3_small": 0,
+        "efficientnet_b0": 0,
+        "fasterrcnn_resnet50_fpn": 0,
+    }.items(),
+)
+def test_in_torchvision_every_norm_is_folded_or_named(name, left):
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    options = {"weights_backbone": None} if "rcnn" in name else options
+    model = torchvision.models.get_model(name, weights=None, **options)
+    folded = st.fold(shaken(model))
+    account_for_everything(model, folded)
+    assert len(left_of(folded)) == left
+
+
+# --- What else it folds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_after_a_linear_layer_folds_with_its_skip(affine):
+    layers = (
+        nn.Linear(6, 4),
+        nn.BatchNorm1d(4, affine=affine),
+        nn.ReLU(),
+        nn.Linear(4, 4, bias=False),
+        nn.BatchNorm1d(4),
+    )
+    model = shaken(nn.Sequential(*layers).double())
+    x = torch.randn(5, 6, dtype=torch.double)
+    assert left_of(fold_and_compare(model, x)) == {}
+    assert left_of(fold_and_compare(shaken(st.inject_skips(model, layers="linear", strength=0.7)), x)) == {}
+
+
+def test_a_norm_over_positions_is_refused_by_its_number_or_by_the_inputs():
+    model = shaken(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)))
+    with pytest.raises(
+        st.SurgeryError, match=r"output 0 of the folded model, torch.float32, differs by .* where="
+    ):
+        st.fold(model, inputs=torch.randn(2, 4, 6))
+    assert st.changes(st.fold(model, inputs=torch.randn(2, 6)))[-1].error < 1e-5
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_transposed_convolutions_take_in_their_norm(rank, groups, bias):
+    transposed = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[rank]
+    conv = transposed(4, 6, 3, stride=2, padding=1, output_padding=1, groups=groups, bias=bias)
+    model = shaken(nn.Sequential(conv, NORMS[rank](6)).double())
+    folded = fold_and_compare(model, torch.randn(2, 4, *[5] * rank, dtype=torch.double))
+    assert type(folded[0]) is transposed
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(F.dropout2d(F.dropout(self.conv(x), 0.5, self.training), training=self.training))
+
+
+class Forever(Dropping):
+    def forward(self, x):
+        return self.norm(F.dropout(self.conv(x), 0.5))
+
+
+def test_dropout_and_identity_are_nothing_in_eval_mode():
+    x = torch.randn(2, 4, 5, 5, dtype=torch.double)
+    between = nn.Dropout(0.9), nn.Identity(), nn.Dropout2d(0.9, inplace=True), nn.AlphaDropout(0.9)
+    for model in (before_and_after(*between), Dropping()):
+        assert left_of(fold_and_compare(shaken(model.double()), x)) == {}
+    hooked_dropout = before_and_after(nn.Dropout())
+    hooked_dropout[1].register_forward_hook(lambda module, given, output: output * 2)
+    for model, word in ((Forever(), "dropout"), (hooked_dropout, "Dropout")):
+        with pytest.warns(st.NoEffectWarning, match=f"it follows .*{word}, not"):
+            st.fold(model)
+
+
+def test_several_norms_in_a_row_fold():
+    model = shaken(
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.BatchNorm2d(4)).double()
+    )
+    folded = fold_and_compare(model, torch.randn(2, 4, 5, 5, dtype=torch.double))
+    assert left_of(folded) == {} and isinstance(folded[3], nn.Identity)
+    stays = shaken(
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.BatchNorm2d(4)).double()
+    )
+    folded = fold_and_compare(stays, torch.randn(2, 4, 5, 5, dtype=torch.double))
+    assert list(left_of(folded)) == ["2", "3"]
+    assert left_of(folded)["3"].startswith("what it follows stays: it is no BatchNorm")
+
+
+@pytest.mark.parametrize("skip", ["number", "learned", "project-all"])
+def test_complex_layers_keep_their_imaginary_parts(skip):
+    options = {**SKIPS[skip], "norm": False}
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, dtype=torch.cdouble), nn.Tanh())
+    skipped = st.inject_skips(model, **options)
+    if skip == "project-all":
+        skipped[0].skip.norm = None
+    shaken(skipped)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.cdouble)
+    folded = fold_and_compare(skipped, x)
+    assert folded[0].weight.imag.abs().max() > 0.01 and left_of(folded) == {}
+    assert st.changes(st.fold(skipped, inputs=x))[-1].error < 1e-10
+
+
+def test_channels_cut_after_the_surgery_are_those_that_count():
+    model = shaken(st.inject_skips(unit(4, 6, 3, padding=1, bias=False).double(), strength=0.5))
+    model[0].weight = nn.Parameter(model[0].weight[:5].detach())
+    model[1] = shaken(nn.BatchNorm2d(5)).double()
+    fold_and_compare(model, torch.randn(2, 4, 5, 5, dtype=torch.double))
+
+
+# --- What no dtype can hold ---------------------------------------------------------------------------------
+
+
+def test_numbers_that_would_not_be_finite_are_not_written():
+    x = torch.randn(2, 4, 5, 5)
+    for spoil, dtype in (
+        (lambda norm: norm.weight.data.fill_(3e4), torch.float16),
+        (lambda norm: norm.weight.data.fill_(3e38), torch.float32),
+        (lambda norm: norm.running_mean.fill_(3e38), torch.float32),
+        (lambda norm: norm.running_var.fill_(-1), torch.float32),
+    ):
+        model = shaken(unit(4, 4, 3, padding=1)).to(dtype)
+        nn.init.constant_(model[0].weight, 3.0)
+        spoil(model[1])
+        with pytest.warns(st.NoEffectWarning, match=f"numbers that are not finite in {dtype}"):
             folded = st.fold(model)
-        assert [type(a) for a in folded.modules()] == [type(a) for a in model.modules()]
-        assert all(reason in site.left for site in st.changes(folded)[-1].left)
+        assert torch.equal(folded[0].weight, model[0].weight) and isinstance(folded[1], nn.BatchNorm2d)
+        assert folded[0].weight.isfinite().all() and list(left_of(folded)) == ["1"]
+    big = shaken(st.inject_skips(unit(4, 4, 3, padding=1), strength=1e39))
+    folded = st.fold(big)
+    assert folded[0].weight.isfinite().all() and isinstance(folded[1], nn.Identity)
+    assert list(left_of(folded)) == ["0.skip"]
+    both = shaken(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
+    (
+        both[1].weight.data.fill_(3e38),
+        both[1].running_var.fill_(1e-9),
+        both[1].bias.data.zero_(),
+        both[1].running_mean.zero_(),
+    )
+    both[2].weight.data.fill_(1e-38), both[2].running_mean.zero_()
+    assert left_of(st.fold(both)) == {}
+    assert st.fold(both)(x).isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["plain", "prune", "parametrized"])
+def test_frozen_layers_fold_and_stay_frozen(form):
+    model = shaken(unit(4, 4, 3, padding=1, bias=False).double())
+    if form == "prune":
+        torch_prune.random_unstructured(model[0], "weight", 0.5)
+    elif form == "parametrized":
+        parametrizations.weight_norm(model[0])
+    model.requires_grad_(False)
+    folded = fold_and_compare(model, torch.randn(2, 4, 5, 5, dtype=torch.double))
+    assert dict(folded.named_parameters()).keys() == {"0.weight", "0.bias"}
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+    model[1].requires_grad_(True)
+    assert not any(parameter.requires_grad for parameter in st.fold(model).parameters())
+
+
+def test_a_mask_that_was_stepped_past_counts_as_in_the_next_forward():
+    model = shaken(unit(4, 4, 3, padding=1).double())
+    torch_prune.random_unstructured(model[0], "weight", 0.5)
+    model[0].weight_orig.data.mul_(3)
+    fold_and_compare(model, torch.randn(2, 4, 5, 5, dtype=torch.double))
 
 
 # --- What it keeps ------------------------------------------------------------------------------------------
 
 
 def test_the_given_model_is_untouched_and_the_result_is_in_eval_mode():
-    model = st.inject_skips(unit(4, 4, 3, padding=1), strength=1.0)
-    state = copy.deepcopy(model.state_dict())
+    model = shaken(st.inject_skips(unit(4, 4, 3, padding=1), strength=1.0))
+    state, x = copy.deepcopy(model.state_dict()), torch.randn(1, 4, 5, 5)
     rng = torch.random.get_rng_state()
-    folded = st.fold(model, inputs=torch.zeros(1, 4, 5, 5))
+    folded = st.fold(model, inputs=x)
     assert torch.equal(torch.random.get_rng_state(), rng)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
@@ -299,7 +655,7 @@ def test_tied_weights_stay_right():
 
 
 def test_dtype_memory_format_and_requires_grad_are_kept():
-    model = st.inject_skips(unit(4, 4, 3, padding=1, bias=False), strength=0.5)
+    model = shaken(st.inject_skips(unit(4, 4, 3, padding=1, bias=False), strength=0.5))
     model = model.to(torch.bfloat16, memory_format=torch.channels_last)
     model[0].weight.requires_grad_(False)
     folded = st.fold(model, inputs=torch.randn(1, 4, 5, 5, dtype=torch.bfloat16))
@@ -334,7 +690,7 @@ def test_a_whole_network_folds_exports_compiles_and_pickles():
     block = torchvision.models.resnet.BasicBlock
     model = shaken(torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=10))
     x = torch.randn(1, 3, 32, 32)
-    skipped = st.inject_skips(model, strength=0.3)
+    skipped = shaken(st.inject_skips(model, strength=0.3))
     folded = st.fold(skipped, inputs=x)
     report = st.changes(folded)[-1]
     assert len(report.layers) == 12 and report.left == () and report.error < 1e-5
@@ -343,11 +699,14 @@ def test_a_whole_network_folds_exports_compiles_and_pickles():
     ]
     with torch.no_grad():
         expected = folded(x)
+        torch.testing.assert_close(expected, skipped.eval()(x))
+        assert not torch.allclose(expected, model.eval()(x), rtol=0.1, atol=0.1)
         assert torch.equal(pickle.loads(pickle.dumps(folded))(x), expected)
         torch.testing.assert_close(torch.export.export(folded, (x,)).module()(x), expected)
         torch.testing.assert_close(torch.compile(folded, backend="eager")(x), expected)
-    file = io.BytesIO()
-    torch.save(folded.state_dict(), file)
+    fresh = st.fold(shaken(st.inject_skips(model, strength=0.3)))
+    fresh.load_state_dict(folded.state_dict())
+    assert torch.equal(fresh(x), expected)
     torch._dynamo.reset()
 
 
@@ -355,32 +714,68 @@ def test_a_whole_network_folds_exports_compiles_and_pickles():
 
 
 class Sideways(nn.Module):
-    """Calls a layer in a way that no forward shows."""
+    """A norm is called again by a hook, which no forward shows."""
 
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-        self.hidden = [lambda x, body=self.body: body[1](x)]
+        self.body.register_forward_hook(lambda body, given, output: body[1](output))
 
     def forward(self, x):
         return self.body(x)
 
 
-def test_inputs_that_do_not_agree_raise():
-    model = shaken(Sideways())
-    x = torch.randn(2, 4, 3, 3)
-    st.fold(model, inputs=(x,))
-    with pytest.raises(st.SurgeryError, match="differs from the model by"):
-        st.fold(model, inputs=x, tolerance=0.0)
-    broken = shaken(unit(4, 4, 1))
-    broken[0].weight.data[0] = float("nan")
-    assert st.changes(st.fold(broken, inputs=x))[-1].error < 1e-5
+def test_outputs_that_do_not_agree_raise():
+    model, x = shaken(Sideways()), torch.randn(2, 4, 3, 3)
+    with pytest.raises(
+        st.SurgeryError, match=r"torch\.float32, differs by .*more than 0\.0001\. Leave out with where="
+    ):
+        st.fold(model, inputs=(x,))
+    assert st.changes(st.fold(model, inputs=x, tolerance=10))[-1].error > 0.1
+    model.body.register_forward_hook(lambda body, given, output: 1 / (body[1](output) - output))
+    with pytest.raises(st.SurgeryError, match="differs in where it is finite"):
+        st.fold(model, inputs=x)
+    good = shaken(unit(4, 4, 1))
+    x[0, 0, 0, 0] = float("nan")
+    assert 0 < st.changes(st.fold(good, inputs=x))[-1].error < 1e-5
+
+
+def test_tolerances():
+    x = torch.randn(2, 4, 9, 9)
+    for dtype, tolerance in TOLERANCES.items():
+        model = shaken(nn.Sequential(*unit(4, 4, 3, padding=1), *unit(4, 4, 3, padding=1)).to(dtype))
+        error = st.changes(st.fold(model, inputs=x.to(dtype)))[-1].error
+        assert torch.finfo(dtype).eps / 100 < error < tolerance / 2
+        with pytest.raises(st.SurgeryError, match=f"{dtype}, differs by .* more than 0"):
+            st.fold(model, inputs=x.to(dtype), tolerance=0.0)
+        forgetful = nn.Sequential(model, Sideways().to(dtype))
+        with pytest.raises(st.SurgeryError, match=f"{dtype}, differs by .* more than {tolerance:g}"):
+            st.fold(shaken(forgetful), inputs=x.to(dtype))
+    for wrong in (
+        {"inputs": x, "tolerance": -1},
+        {"inputs": x, "tolerance": float("nan")},
+        {"tolerance": 0.1},
+    ):
+        with pytest.raises(ValueError, match="tolerance is at least 0 and for the check with inputs="):
+            st.fold(unit(4, 4, 3), **wrong)
+
+
+def test_an_output_in_another_dtype_than_the_layers_has_their_tolerance():
+    class Upcast(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).float()
+
+    model = shaken(Upcast(*unit(4, 4, 3, padding=1)).bfloat16())
+    folded = st.fold(model, inputs=torch.randn(2, 4, 9, 9))
+    assert 1e-4 < st.changes(folded)[-1].error < 1e-1
 
 
 def test_a_pattern_that_matches_nothing_and_wrapped_models_are_refused():
     model = unit(4, 4, 3)
     with pytest.raises(ValueError, match="matches no site"):
         st.fold(model, where="layer9*")
+    with pytest.warns(st.NoEffectWarning, match="follows the input of its forward"):
+        st.fold(nn.Sequential(nn.BatchNorm2d(4), *model), where="0")
     with pytest.raises(TypeError):
         st.fold("model")
     with pytest.warns(st.NoEffectWarning, match="nothing that can be folded"):

@@ -179,6 +179,7 @@ def test_a_network_of_ghosts_at_strength_0_is_the_original():
     model, x = Network(), images()
     for options in ({}, {"norm": True}, {"shortcut": "project-all"}):
         ghost = ghosted(model, **options)
+        assert not torch.allclose(passes(ghost, x)[0], passes(model, x)[0], rtol=0.1, atol=0.01)
         st.anneal_ghosts(ghost, 1.0)
         extra = {name for name, _ in ghost.named_parameters()} - {
             name for name, _ in model.named_parameters()
@@ -266,6 +267,22 @@ def test_distributed_and_averaged_models_carry_ghosts(tmp_path):
             st.remove_ghosts(wrapped)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_averaged_buffers_lag_until_the_average_is_annealed():
+    model, x = ghosted(Network()), images()
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for epoch in range(4):
+        st.anneal_ghosts(model, epoch / 3)
+        average.update_parameters(model)
+    st.remove_ghosts(model)
+    assert average.module.block.conv.skip.strength.item() == pytest.approx(1 / 3)
+    with pytest.raises(st.SurgeryError, match="4 ghosts are still alive"):
+        st.remove_ghosts(average.module)
+    alive = average.eval()(x)
+    assert st.anneal_ghosts(average, 1) == 0
+    back = st.remove_ghosts(average.module)
+    assert torch.equal(back(x), average(x)) and (back(x) - alive).abs().max() > 1e-3
 
 
 def test_checkpoints_copies_and_exports_carry_ghosts():
