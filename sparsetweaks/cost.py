@@ -151,13 +151,18 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
         on disk: ... bytes, sparse ...
     """
     check_model(model)
+    found = counted(model, inputs)
+    warn_of_zeros(plain_zeros(select_weights(model), masks_by_parameter(model)))
+    return found
+
+
+def counted(model: nn.Module, inputs: Any) -> Cost:
+    """`cost` without its warning, for whoever tells of plain zeros in another way."""
     check_dense(dict([*model.named_parameters(), *model.named_buffers()]))
     check_values(find_masks(model))
     copied = copy_model(model).eval()
     masks = masks_by_parameter(copied)
-    zeros = plain_zeros(select_weights(copied), masks)
-    warn_of_zeros(zeros)
-    masks |= zeros
+    masks |= plain_zeros(select_weights(copied), masks)
     positional, keywords = arguments(copied, inputs)
     watch = _Watch(copied, masks, (positional, keywords))
     with (

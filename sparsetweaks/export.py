@@ -19,8 +19,8 @@ from sparsetweaks.converting import make_permanent
 from sparsetweaks.copying import check_model, copy_model
 from sparsetweaks.errors import SurgeryError
 from sparsetweaks.forms import masked_places
-from sparsetweaks.masks import apply_masks, find_masks
-from sparsetweaks.prunable import check_values
+from sparsetweaks.masks import apply_masks, find_masks, listed
+from sparsetweaks.prunable import check_dense, check_values
 from sparsetweaks.sparse_file import read as read_sparse
 from sparsetweaks.sparse_file import write as write_sparse
 
@@ -84,7 +84,8 @@ def export(
               with `torch.load(path, weights_only=True)` into the architecture without masks.
             - `"sparse"`: a safetensors file that holds, of each masked weight, the values that its mask keeps and
               where they are. Load it with `load_sparse`, which gives every bit back. At 95 % sparsity it takes about
-              a sixteenth of the dense bytes in fp32.
+              a sixteenth of the dense bytes in fp32. A weight of plain zeros without a mask takes as little, and comes
+              back as it was, without a mask.
             - `"onnx"`: the graph in evaluation mode, for the shapes of `inputs`. It is run in ONNX Runtime on these
               inputs before the file is put in its place, and its outputs must be the model's to 1e-4, plus 1.3e-5 of
               each value. Zeros stay in it as zeros: it is no smaller, and no faster. Needs
@@ -119,6 +120,7 @@ def export(
             if format == "onnx"
             else f"inputs are for format='onnx'; {format!r} writes weights only"
         )
+    check_dense(dict(model.named_parameters()))
     state, masks = plain_state(model), find_masks(model)
     check_values({name: value for name, value in (state | masks).items() if isinstance(value, Tensor)})
     with _replacing(Path(path), overwrite) as temporary:
@@ -227,7 +229,9 @@ def load_sparse(path: str | os.PathLike[str], *, into: nn.Module | None = None) 
         with the weights and masks of the file.
 
     Raises:
-        SurgeryError: the file is no sparse file, of a later version, or damaged; or it does not fit `into`.
+        TypeError: `into` is no module.
+        SurgeryError: the file is no sparse file, of a later version, or damaged; or it does not fit `into`: a name is
+            missing or unknown, a shape or dtype differs, or two tensors of the file are one tied weight there.
 
     Example:
         >>> import tempfile, torch, sparsetweaks as st
@@ -242,9 +246,50 @@ def load_sparse(path: str | os.PathLike[str], *, into: nn.Module | None = None) 
     contents = read_sparse(path)
     if into is None:
         return contents.state
+    check_model(into)
+    check_dense(dict(into.named_parameters()))
     loaded = remove_masks(into)
+    _check_fits(path, contents.state, loaded.state_dict())
     try:
         loaded.load_state_dict(contents.state)
     except RuntimeError as error:
         raise SurgeryError(f"{path} does not fit the model: {error}") from error
     return apply_masks(loaded, contents.masks) if contents.masks else loaded
+
+
+def _check_fits(path: Any, stored: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> None:
+    """Raise unless every bit of `stored` has a place of its own among what a model holds."""
+    missing = [name for name in wanted if name not in stored]
+    unknown = [name for name in stored if name not in wanted]
+    if missing or unknown:
+        raise SurgeryError(
+            f"{path} does not fit the model: the file lacks {listed(missing)}, and the model does not know "
+            f"{listed(unknown)}. Build the architecture that was exported, with the same tweaks"
+        )
+    first: dict[Any, str] = {}
+    for name, value in stored.items():
+        own = wanted[name]
+        if own.is_meta:
+            raise SurgeryError(
+                f"{name!r} of the model is on the meta device: model.to_empty(device=...) first"
+            )
+        check_values({name: own})
+        if (own.shape, own.dtype) != (value.shape, value.dtype):
+            raise SurgeryError(
+                f"{path} does not fit the model: {name!r} is {_kind(value)} in the file, and {_kind(own)} in the model. "
+                "Build the model as it was exported; cast it, if need be, afterwards"
+            )
+        same = first.setdefault((own.data_ptr(), own.stride()) if own.numel() else name, name)
+        if value is not stored[same] and not torch.equal(_bytes(value), _bytes(stored[same])):
+            raise SurgeryError(
+                f"{path} does not fit the model: {same!r} and {name!r} are one tied weight in the model, and two in the "
+                "file. Untie them (a parameter of its own for each)"
+            )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from sparsetweaks.display.parts import Mark, Part, pair, read
 from sparsetweaks.masks import masks_by_parameter
-from sparsetweaks.prunable import about_zeros, plain_zeros, select_weights
+from sparsetweaks.prunable import about_zeros, check_dense, plain_zeros, select_weights
 from sparsetweaks.surgery.programs import original_class
 from sparsetweaks.surgery.sites import Change, Site, changes
 
@@ -125,6 +125,7 @@ def _masks(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"{name!r} is not initialised yet: run one batch through the lazy model first")
+    check_dense(dict(model.named_parameters()))
     masks = masks_by_parameter(model)
     if any(mask.is_meta for mask in masks.values()):
         raise ValueError("the masks are on the meta device and have no values: load the model first")
