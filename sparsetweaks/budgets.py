@@ -10,8 +10,17 @@ from torch import Tensor, nn
 
 from sparsetweaks.copying import check_model
 from sparsetweaks.export import remove_masks
+from sparsetweaks.forms import masked_parameters
 from sparsetweaks.masks import apply_masks, find_masks
-from sparsetweaks.prunable import added_modules, check_values, prunable_weights
+from sparsetweaks.prunable import (
+    added_modules,
+    check_dense,
+    check_values,
+    plain_zeros,
+    prunable_weights,
+    select_weights,
+    warn_of_zeros,
+)
 from sparsetweaks.selection import keep_highest_globally
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,8 +43,9 @@ def match_budget(
     carries a mask itself.
 
     Args:
-        model: a masked model. One without any mask is pruned by its prunable weights, as `prune` would. It is not
-            changed.
+        model: a masked model. One without any mask is pruned by its prunable weights, as `prune` would. Exact zeros of
+            prunable weights without a mask, more than by chance, count as pruned, with a `UserWarning`, as in `cost`. It
+            is not changed.
         nonzeros: how many shall be left of what `of` says.
         of: what is counted: `"parameters"`, all parameters that no mask removes, those of normalisation, biases and
             the classifier too (`cost(model, inputs).nonzeros`); or `"weights"`, the masked weights and all that tweaks
@@ -50,7 +60,8 @@ def match_budget(
         TypeError: what is given is no module.
         ValueError: `nonzeros` is no whole number; the model has fewer; what no mask removes is that many by itself; or
             `ranked_by` lacks a weight.
-        SurgeryError: a parameter or a mask has no values (lazy, meta device).
+        SurgeryError: a parameter or a mask has no values (lazy, meta device), or is stored in another way than number by
+            number (sparse layouts, quantized).
 
     Example:
         >>> import torch, sparsetweaks as st
@@ -67,7 +78,10 @@ def match_budget(
         raise ValueError(f"unknown of {of!r}: choose from {', '.join(map(repr, get_args(Of)))}")
     nonzeros = _whole(nonzeros)
     check_values(dict(model.named_parameters()))
-    masks = _masks_to_tighten(model)
+    check_dense(dict(model.named_parameters()))
+    zeros = plain_zeros(select_weights(model), masked_parameters(model))
+    warn_of_zeros(zeros)
+    masks = _masks_to_tighten(model, zeros)
     ordinary = remove_masks(model)
     weights = {name: ordinary.get_parameter(name) for name in masks}
     first = {weight: name for name, weight in reversed(weights.items())}  # a tied weight counts once
@@ -101,12 +115,15 @@ def _whole(nonzeros: Any) -> int:
         ) from error
 
 
-def _masks_to_tighten(model: nn.Module) -> dict[str, Tensor]:
+def _masks_to_tighten(model: nn.Module, zeros: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
     masks = find_masks(model)
     check_values(masks)
-    if masks:
-        return masks
-    return {name: weight.new_ones(weight.shape).bool() for name, weight in prunable_weights(model).items()}
+    if not (masks or zeros):
+        return {
+            name: weight.new_ones(weight.shape).bool() for name, weight in prunable_weights(model).items()
+        }
+    names = {weight.parameter: weight.name for weight in select_weights(model)}
+    return masks | {names[parameter]: mask for parameter, mask in zeros.items()}
 
 
 def _scores(

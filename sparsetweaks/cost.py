@@ -19,7 +19,7 @@ from sparsetweaks.copying import check_model, copy_model
 from sparsetweaks.export import plain_state
 from sparsetweaks.masks import find_masks, masks_by_parameter
 from sparsetweaks.probing import rng_restored
-from sparsetweaks.prunable import check_values
+from sparsetweaks.prunable import check_dense, check_values, plain_zeros, select_weights, warn_of_zeros
 from sparsetweaks.sparse_file import size as sparse_size
 
 _aten = torch.ops.aten
@@ -38,7 +38,7 @@ class ModuleCost:
     type: str
     parameters: int
     nonzeros: int
-    """Those of its parameters that no mask removes."""
+    """Those of its parameters that no mask removes and that are no plain zeros."""
     flops: int
     effective_flops: int
     """The FLOPs that are left when multiplications by pruned weights are not counted."""
@@ -65,7 +65,7 @@ class Cost:
 
     @property
     def nonzeros(self) -> int:
-        """Those of the parameters that no mask removes, with what tweaks added."""
+        """Those of the parameters that no mask removes and that are no plain zeros, with what tweaks added."""
         return sum(module.nonzeros for module in self.modules)
 
     @property
@@ -113,6 +113,10 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
     by view, in another precision, or scaled, and all others count as dense. Whether any machine runs faster for it is
     another question.
 
+    *Plain zeros* count as if a mask removed them: exact zeros of prunable weights (`prunable_weights`) without a mask,
+    where there are more than may be so by chance (one in 10,000). A `UserWarning` says so, as only you know whether a
+    pruner left them or they are to be trained; a mask, of either kind, settles it.
+
     *Peak activation memory* is the largest sum of bytes, at any moment of one forward in evaluation mode without
     gradients, of the memory that live tensors hold other than parameters and buffers: inputs, intermediate results and
     outputs, memory that several share once. It is the same on every device. Workspaces inside one operation and what
@@ -129,8 +133,8 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
 
     Raises:
         TypeError: what is given is no module.
-        SurgeryError: the masks have no values (meta device); the model fails on the inputs; or the state has what a
-            file cannot hold.
+        SurgeryError: the masks have no values (meta device); a parameter or buffer is stored in another way than number by
+            number (sparse layouts, quantized); the model fails on the inputs; or the state has what a file cannot hold.
 
     Example:
         >>> import torch, sparsetweaks as st
@@ -147,9 +151,18 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
         on disk: ... bytes, sparse ...
     """
     check_model(model)
+    found = counted(model, inputs)
+    warn_of_zeros(plain_zeros(select_weights(model), masks_by_parameter(model)))
+    return found
+
+
+def counted(model: nn.Module, inputs: Any) -> Cost:
+    """`cost` without its warning, for whoever tells of plain zeros in another way."""
+    check_dense(dict([*model.named_parameters(), *model.named_buffers()]))
     check_values(find_masks(model))
     copied = copy_model(model).eval()
     masks = masks_by_parameter(copied)
+    masks |= plain_zeros(select_weights(copied), masks)
     positional, keywords = arguments(copied, inputs)
     watch = _Watch(copied, masks, (positional, keywords))
     with (

@@ -9,7 +9,15 @@ from torch import nn
 
 from sparsetweaks.copying import check_model
 from sparsetweaks.forms import Place, masked_parameters, places
-from sparsetweaks.prunable import Selection, added_modules, check_values, select_weights
+from sparsetweaks.prunable import (
+    Selection,
+    added_modules,
+    check_dense,
+    check_values,
+    plain_zeros,
+    select_weights,
+    warn_of_zeros,
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,7 @@ class LayerSparsity:
     weights: int
     """How many weights there are."""
     kept: int
-    """How many the mask keeps; all of them where there is no mask."""
+    """How many the mask keeps; where there is none, all that are no plain zeros."""
     masked: bool
     zeros: int
     """How many are exactly zero just now, pruned or not."""
@@ -41,7 +49,7 @@ class SparsityReport:
     parameters: int
     """All parameters of the model, without those that a tweak added."""
     parameters_kept: int
-    """Those of them that no mask removes."""
+    """Those of them that no mask removes and that are no plain zeros."""
     added_parameters: int
     """Parameters that tweaks added (projections, normalisation, learned strengths)."""
     added_kept: int
@@ -80,7 +88,14 @@ class SparsityReport:
     def __str__(self) -> str:
         kept, parameters_kept = self.kept, self.parameters_kept
         layers = [
-            _row(x.name, x.weights, x.kept, "x".join(map(str, x.shape)), x.zeros, x.masked)
+            _row(
+                x.name,
+                x.weights,
+                x.kept,
+                "x".join(map(str, x.shape)),
+                x.zeros,
+                x.masked or x.kept < x.weights,
+            )
             for x in self.layers
         ]
         totals = [
@@ -113,10 +128,13 @@ def sparsity(
 ) -> SparsityReport:
     """Count what is left of a model: per layer, overall, and with what tweaks added (paper, section 3).
 
-    A masked layer is counted by its mask. A layer without one counts as dense, whatever it holds; its exact
-    zeros are shown beside it. A layer that was pruned completely shows as 100 %. A tweak's parameters are
-    counted apart, as kept: the released code of the paper adds a dense projection per skip, several times what
-    survives at 97 %.
+    A masked layer is counted by its mask, whatever it holds; its exact zeros are shown beside it. A layer that was
+    pruned completely shows as 100 %. A tweak's parameters are counted apart, as kept: the released code of the paper
+    adds a dense projection per skip, several times what survives at 97 %.
+
+    *Plain zeros*, those of layers without a mask, count as removed, where there are more than may be so by chance (one
+    in 10,000). A `UserWarning` says so, as only you know whether a pruner left them or they are to be trained; a mask,
+    of either kind, settles it.
 
     Args:
         model: any module, masked or not. It is only read.
@@ -130,7 +148,8 @@ def sparsity(
     Raises:
         TypeError: what is given is no module.
         ValueError: as `prunable_weights` for a wrong selection.
-        SurgeryError: a parameter or a mask has no values (lazy, meta device).
+        SurgeryError: a parameter or a mask has no values (lazy, meta device), or is stored in another way than number by
+            number (sparse layouts, quantized).
 
     Example:
         >>> import torch, sparsetweaks as st
@@ -149,25 +168,27 @@ def sparsity(
     """
     check_model(model)
     check_values(dict(model.named_parameters()))
+    check_dense(dict(model.named_parameters()))
     added = set(added_modules(model))
     masked = masked_parameters(model)
     check_values({place.name: place.mask() for place in masked.values()})
     by_parameter: dict[nn.Parameter, Place] = {}
     for place in places(model):  # a tied weight counts once, by its mask
         by_parameter.setdefault(place.parameter, masked.get(place.parameter, place))
-    kept = {
-        parameter: int(place.mask().sum()) if parameter in masked else parameter.numel()
-        for parameter, place in by_parameter.items()
-    }
+    chosen = select_weights(model, layers=layers, include=include, exclude=exclude)
+    zeros = plain_zeros(chosen, masked)
+    warn_of_zeros(zeros)
+    masks = {parameter: place.mask() for parameter, place in masked.items()} | zeros
+    kept = {each: int(masks[each].sum()) if each in masks else each.numel() for each in by_parameter}
     everything = dict.fromkeys(model.parameters())
     of_tweaks = {parameter for module in added for parameter in module.parameters()}
     of_model = [parameter for parameter in everything if parameter not in of_tweaks]
-    chosen = {w.parameter for w in select_weights(model, layers=layers, include=include, exclude=exclude)}
+    shown = {weight.parameter for weight in chosen} | set(masked)
     return SparsityReport(
         layers=tuple(
             _count_layer(place, kept[parameter])
             for parameter, place in by_parameter.items()
-            if parameter not in of_tweaks and (parameter in chosen or parameter in masked)
+            if parameter not in of_tweaks and parameter in shown
         ),
         parameters=sum(parameter.numel() for parameter in of_model),
         parameters_kept=sum(kept.get(parameter, parameter.numel()) for parameter in of_model),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.sparse import SparseSemiStructuredTensor
 
 from sparsetweaks.copying import check_model
 from sparsetweaks.errors import SurgeryError
@@ -141,30 +144,72 @@ def check_values(named: Mapping[str, Tensor]) -> None:
             )
 
 
-def zeros_without_mask(model: nn.Module, masked: Container[nn.Parameter] = frozenset()) -> tuple[int, int]:
-    """Exact zeros among the prunable weights that are not `masked`, 0 if they may come by chance; and all those weights."""
-    zeros = total = 0
-    for weight in select_weights(model):
-        parameter = weight.parameter
-        if (
-            parameter is not None
-            and parameter not in masked
-            and not (is_lazy(parameter) or parameter.is_meta)
-        ):
-            total += parameter.numel()
-            zeros += parameter.numel() - int(parameter.detach().count_nonzero())
-    return (zeros if zeros > _ZEROS_BY_CHANCE * total else 0), total
+def check_dense(named: Mapping[str, Tensor]) -> None:
+    """Raise a SurgeryError that names the first of these that is stored in another way than number by number."""
+    for name, tensor in named.items():
+        stored = _other_storage(tensor)
+        if stored:
+            raise SurgeryError(
+                f"{name!r} is {stored}, and masks, counts and files are of dense tensors: give the model as it was before, "
+                "or make it dense first (to_dense, dequantize)"
+            )
+
+
+def _other_storage(tensor: Tensor) -> str:
+    if tensor.layout != torch.strided:
+        return f"stored as {tensor.layout}"
+    if tensor.is_quantized:
+        return f"quantized to {tensor.dtype}"
+    if tensor.is_nested or isinstance(tensor, SparseSemiStructuredTensor):
+        return f"a {'nested' if tensor.is_nested else 'semi-structured'} tensor"
+    return ""
+
+
+def plain_zeros(
+    weights: Iterable[Weight], masked: Container[nn.Parameter] = frozenset()
+) -> dict[nn.Parameter, Tensor]:
+    """Of weights that are not `masked`, which are exactly zero, as bool masks, True = not zero.
+
+    Empty where so few are zero that they may be so by chance.
+    """
+    found = {
+        weight.name: weight.parameter
+        for weight in weights
+        if weight.parameter is not None
+        and weight.parameter not in masked
+        and not (is_lazy(weight.parameter) or weight.parameter.is_meta)
+    }
+    check_dense(found)
+    total = sum(parameter.numel() for parameter in found.values())
+    zeros = total - sum(int(parameter.detach().count_nonzero()) for parameter in found.values())
+    if zeros <= _ZEROS_BY_CHANCE * total:
+        return {}
+    return {parameter: parameter.detach() != 0 for parameter in found.values()}
+
+
+def about_zeros(zeros: Mapping[nn.Parameter, Tensor]) -> str:
+    """What to do about what `plain_zeros` found, for a message."""
+    total = sum(mask.numel() for mask in zeros.values())
+    count = total - sum(int(mask.count_nonzero()) for mask in zeros.values())
+    return (
+        f"{count:,} of the {total:,} prunable weights are exactly zero without a mask: if they are pruned, make a mask of "
+        "them first, apply_masks(model, find_masks(model, zeros=True))"
+    )
+
+
+def warn_of_zeros(zeros: Mapping[nn.Parameter, Tensor]) -> None:
+    """Tell the caller of the public function that calls this what it did with zeros that have no mask."""
+    if zeros:
+        text = (
+            f"{about_zeros(zeros)}; if they are to be trained, one that keeps them. Here they count as pruned"
+        )
+        warnings.warn(text, stacklevel=3)
 
 
 def how_to_mask(model: nn.Module) -> str:
     """What to do with a model that has no masks and should have some, for an error message."""
-    zeros, total = zeros_without_mask(model)
-    if zeros:
-        return (
-            f"{zeros:,} of its {total:,} prunable weights are exactly zero: if they are pruned, make a mask of them "
-            "first, apply_masks(model, find_masks(model, zeros=True))"
-        )
-    return "use prune or apply_masks first"
+    zeros = plain_zeros(select_weights(model))
+    return about_zeros(zeros) if zeros else "use prune or apply_masks first"
 
 
 def close_names(name: str, names: Iterable[str]) -> str:
@@ -275,6 +320,7 @@ def _checked(weight: Weight) -> nn.Parameter:
             "Remove that first (torch.nn.utils.parametrize.remove_parametrizations), or exclude this layer"
         )
     check_values({weight.name: parameter})
+    check_dense({weight.name: parameter})
     return parameter
 
 

@@ -7,8 +7,10 @@ that its mask keeps, and as where they are, in whichever of two codes is shorter
 - `gaps`: one byte per kept weight, the number of pruned ones before it; 255 stands for 255 pruned ones and no weight
   after them. Shorter than a bitmap where fewer than about one weight in eight is kept.
 
-What has no mask, or one that keeps all, is stored whole. The mask decides what is stored, never the values: a kept
-zero, a negative zero and a NaN come back bit for bit. At 95 % sparsity of fp32 weights the gaps cost 0.0125 and the
+What has a mask that keeps all is stored whole. The mask decides what is stored, never the values: a kept zero, a
+negative zero and a NaN come back bit for bit. What has no mask is stored whole too, unless it is large and mostly
+zeros (a ticket without masks): then as above, in place of the mask what has a bit that is set. It comes back without
+a mask, as it was. At 95 % sparsity of fp32 weights the gaps cost 0.0125 and the
 values 0.05 of the dense bytes; a mask that keeps nearly all costs 1/32 more than none.
 """
 
@@ -39,6 +41,7 @@ _ALIGNMENT = 8
 _MOST_HEADER = 100_000_000  # as safetensors itself allows
 _NO_CHECKSUM = "0" * hashlib.sha256().digest_size * 2
 _CHUNK = 1 << 24
+_SMALL = 1024  # bytes of a tensor without a mask that is stored whole, whatever it holds: a code has its names to pay for
 
 # What safetensors calls a dtype. Complex numbers are stored as pairs of real ones.
 _CODES = {
@@ -172,18 +175,21 @@ def _encoded(tensor: Tensor, mask: Tensor | None) -> tuple[str, dict[str, Tensor
     whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     if whole.dtype in _COMPLEX:
         whole = torch.view_as_real(whole)
+    numbers = whole.view(INTEGERS[whole.itemsize]).view(tensor.numel(), 2 if tensor.is_complex() else 1)
     if mask is None:
-        return "dense", {"dense": whole}
-    if mask.dtype != torch.bool or mask.shape != tensor.shape:
+        kept = numbers.any(1)
+        if whole.nbytes <= _SMALL or 2 * kept.count_nonzero() > kept.numel():
+            return "dense", {"dense": whole}
+    elif mask.dtype != torch.bool or mask.shape != tensor.shape:
         raise SurgeryError(f"a mask of {tuple(mask.shape)}, {mask.dtype}, is none of {tuple(tensor.shape)}")
-    mask = mask.detach().cpu().reshape(-1)
-    if mask.all():
-        return "all kept", {"dense": whole}
-    where = {"bitmap": _bitmap(mask), "gaps": _gaps(mask)}
+    else:
+        kept = mask.detach().cpu().reshape(-1)
+        if kept.all():
+            return "all kept", {"dense": whole}
+    where = {"bitmap": _bitmap(kept), "gaps": _gaps(kept)}
     coding = min(where, key=lambda name: where[name].nbytes)
-    rows = whole.view(mask.numel(), 2) if tensor.dtype in _COMPLEX else whole.view(-1)
-    values = rows.view(INTEGERS[rows.itemsize])[mask].view(rows.dtype)
-    return coding, {coding: where[coding], "values": values}
+    values = numbers[kept].view(whole.dtype)
+    return coding, {coding: where[coding], "values": values if tensor.is_complex() else values.view(-1)}
 
 
 def _bitmap(mask: Tensor) -> Tensor:

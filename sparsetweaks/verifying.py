@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from sparsetweaks.calling import call
 from sparsetweaks.copying import check_model, copy_model
-from sparsetweaks.cost import cost
+from sparsetweaks.cost import counted
 from sparsetweaks.errors import SurgeryError
 from sparsetweaks.forms import Place, places
 from sparsetweaks.masks import find_masks, listed
@@ -485,7 +485,7 @@ class _Flops:
 
 def _compare_flops(before: nn.Module, after: nn.Module, inputs: Any) -> _Flops:
     try:
-        old, new = cost(before, inputs), cost(after, inputs)
+        old, new = counted(before, inputs), counted(after, inputs)
     except SurgeryError as reason:
         return _Flops(None, None, f"; FLOPs not counted: {reason}")
     pairs = {"FLOPs": (old.flops, new.flops), "effective": (old.effective_flops, new.effective_flops)}

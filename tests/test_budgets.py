@@ -33,7 +33,7 @@ def network() -> nn.Sequential:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in (model[0], model[3]):  # full of ties
-            layer.weight.copy_(torch.randint(-3, 4, layer.weight.shape, generator=generator) / 2)
+            layer.weight.copy_(torch.randint(-3, 3, layer.weight.shape, generator=generator) + 0.5)
     return model
 
 

@@ -33,12 +33,16 @@ def test_sparsity_counts_the_prunable_weights_all_parameters_and_what_tweaks_add
     assert "added by tweaks" not in str(report)
 
 
-def test_a_layer_without_a_mask_counts_as_dense_and_shows_its_zeros():
+def test_a_layer_without_a_mask_shows_no_sparsity_or_that_of_its_plain_zeros():
     model = small_model()
-    nn.init.zeros_(model[0].weight)
-    first = sparsity(model).layers[0]
-    assert (first.sparsity, first.masked, first.zeros) == (0.0, False, 72)
     assert "no mask" in str(sparsity(model))
+    nn.init.zeros_(model[0].weight)
+    with pytest.warns(UserWarning, match="72 of the 216 prunable weights"):
+        report = sparsity(model)
+    first, second = report.layers
+    assert (first.sparsity, first.masked, first.zeros) == (1.0, False, 72)
+    assert (second.sparsity, second.masked, second.zeros) == (0.0, False, 0)
+    assert "100.00 %" in str(report) and "no mask" in str(report)
 
 
 def test_a_masked_weight_counts_even_if_it_is_not_prunable_by_default():

@@ -16,7 +16,6 @@ from torch.nn.utils import prune as torch_prune
 
 import sparsetweaks as sw
 from sparsetweaks.export import export, load_sparse, plain_state, remove_masks
-from sparsetweaks.selection import keep_highest_globally
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 
@@ -247,8 +246,90 @@ def test_a_model_to_load_into_may_be_masked_otherwise_and_is_left_alone(tmp_path
     loaded = load_sparse(tmp_path / "small", into=other)
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
-    with pytest.raises(sw.SurgeryError, match="does not fit the model"):
-        load_sparse(tmp_path / "small", into=nn.Linear(2, 2))
+
+
+def tied() -> nn.Module:
+    model = network()
+    model[3] = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+    model.register_module("again", nn.Conv2d(6, 6, 3, padding=1, bias=False))
+    model.again.weight = model[3].weight
+    return model
+
+
+def untied() -> nn.Module:
+    model = tied()
+    model.again.weight = nn.Parameter(model[3].weight.detach() + 1)
+    return model
+
+
+def lazy() -> nn.Module:
+    model = network()
+    model[8] = nn.LazyLinear(2)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize(
+    ("exported", "into", "message"),
+    [
+        (
+            network,
+            lambda: nn.Linear(2, 2),
+            "the file lacks 'weight', 'bias', and the model does not know '0.weight'",
+        ),
+        (
+            network,
+            lambda: sw.inject_skips(network()),
+            r"the file lacks '0\.skip\.strength', .*with the same tweaks",
+        ),
+        (
+            lambda: network()[:4],
+            lambda: network()[:3],
+            r"lacks nothing, and the model does not know '3\.weight'",
+        ),
+        (
+            network,
+            lambda: network().half(),
+            r"'0\.weight' is float32 of shape \(6, 3, 3, 3\) in the file, and float16",
+        ),
+        (
+            network,
+            lambda: nn.Sequential(*network()[:8], nn.Linear(6, 3)),
+            r"'8\.weight' is float32 of shape \(2, 6\) in the file, and float32 of shape \(3, 6\) in the model",
+        ),
+        (
+            network,
+            lambda: network().to("meta"),
+            r"'0\.weight' of the model is on the meta device: model\.to_empty",
+        ),
+        (network, lazy, r"'8\.weight' is not initialised yet"),
+        (
+            untied,
+            tied,
+            r"'3\.weight' and 'again\.weight' are one tied weight in the model, and two in the file",
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit_a_model_is_refused_and_the_model_left_alone(
+    exported, into, message, tmp_path
+):
+    export(exported(), tmp_path / "small", format="sparse")
+    model = into()
+    before = {name: (value, value._version) for name, value in model.state_dict(keep_vars=True).items()}
+    with pytest.raises(sw.SurgeryError, match=message):
+        load_sparse(tmp_path / "small", into=model)
+    for name, value in model.state_dict(keep_vars=True).items():
+        assert value is before[name][0] and value._version == before[name][1]
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got dict"):
+        load_sparse(tmp_path / "small", into={})
+
+
+def test_a_file_of_untied_equal_weights_loads_into_tied_ones(tmp_path):
+    model = untied()
+    model.again.weight = nn.Parameter(model[3].weight.detach().clone())
+    export(model, tmp_path / "small", format="sparse")
+    loaded = load_sparse(tmp_path / "small", into=tied())
+    assert loaded.again.weight is loaded[3].weight and torch.equal(loaded[3].weight, model[3].weight)
 
 
 def test_a_dense_model_has_no_masks_after_loading(tmp_path):
@@ -296,28 +377,22 @@ def test_it_is_a_safetensors_file_that_others_can_read(tmp_path):
     )
 
 
-def test_at_95_percent_a_resnet18_takes_less_than_an_eighth(tmp_path):
+@pytest.mark.parametrize("form", ["masks", "plain zeros"])
+def test_a_whole_resnet18_at_95_percent_takes_less_than_an_eighth(form, tmp_path):
     from torchvision.models import resnet18
 
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in resnet18().named_parameters() if p.ndim == 4}
-
-    class Weights(nn.Module):  # the convolutions of a ResNet-18
-        def __init__(self) -> None:
-            super().__init__()
-            generator = torch.Generator().manual_seed(0)
-            for name, shape in shapes.items():
-                values = torch.randn(shape, generator=generator) / shape[1]
-                self.register_parameter(name.replace(".", "_"), nn.Parameter(values))
-
-    model = Weights()
-    count = sum(p.numel() for p in model.parameters())
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    every = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    masks = keep_highest_globally(weights, every, count - round(0.95 * count), absolute=True)
-    export(sw.apply_masks(model, masks), tmp_path / "small", format="sparse")
-    ratio = (tmp_path / "small").stat().st_size / (4 * count)
-    assert ratio <= 0.07  # 0.05 of values, 0.0125 of gaps, and the header; 0.12 is asked for
+    ticket = sw.prune(resnet18(), 0.95)
+    ticket = ticket if form == "masks" else sw.convert_masks(ticket, to="zeros")
+    export(ticket, tmp_path / "dense")
+    export(ticket, tmp_path / "small", format="sparse")
+    dense, small = ((tmp_path / name).stat().st_size for name in ("dense", "small"))
+    assert (
+        small <= 0.12 * dense
+    )  # 0.05 of values and 0.0125 of gaps; the classifier is dense, and 0.044 of it all
+    loaded = load_sparse(tmp_path / "small", into=resnet18())
+    assert loaded.state_dict().keys() == ticket.state_dict().keys()
+    for name, value in ticket.state_dict().items():
+        assert torch.equal(bits(loaded.state_dict()[name]), bits(value))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "grow", "empty", "other", "later", "header"])
@@ -370,8 +445,7 @@ def test_what_a_sparse_file_cannot_hold_is_refused(tmp_path):
 
 def test_onnx_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(
-        ImportError, match=r"needs the package onnx.*: pip install onnx onnxscript onnxruntime"
-    ):
-        export(network(), tmp_path / "model.onnx", format="onnx", inputs=IMAGES)
+    for kind in (ImportError, sw.SurgeryError):
+        with pytest.raises(kind, match=r"needs the package onnx.*: pip install onnx onnxscript onnxruntime"):
+            export(network(), tmp_path / "model.onnx", format="onnx", inputs=IMAGES)
     assert os.listdir(tmp_path) == []

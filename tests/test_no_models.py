@@ -112,6 +112,61 @@ def test_lazy_weights(name, tmp_path):
         TAKE_A_MODEL[name](model, tmp_path)
 
 
+def semi_structured(weight):
+    from torch.sparse.semi_structured import SparseSemiStructuredTensorCUTLASS
+
+    fields = {"packed_t": None, "meta_t": None, "compressed_swizzled_bitmask": None}
+    meta = torch.zeros(2, dtype=torch.int16)
+    return SparseSemiStructuredTensorCUTLASS(weight.shape, packed=weight[:, ::2], meta=meta, **fields)
+
+
+OTHER_STORAGE = {
+    "stored as torch.sparse_csr": lambda weight: weight.to_sparse_csr(),
+    "stored as torch.sparse_coo": lambda weight: weight.to_sparse(),
+    "stored as torch._mkldnn": lambda weight: weight.to_mkldnn(),
+    "quantized to torch.qint8": lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+    "a nested tensor": lambda weight: torch.nested.nested_tensor([weight[0], weight[1, :2]]),
+    "a semi-structured tensor": semi_structured,
+}
+COUNT_OR_WRITE = (
+    "cost",
+    "export",
+    "export sparse",
+    "export onnx",
+    "match_budget",
+    "prune",
+    "sparsity",
+    "summary",
+)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:(The PyTorch API|Sparse CSR|.*quantized tensor creation|.*nested tensors)"
+)
+@pytest.mark.parametrize("name", COUNT_OR_WRITE)
+@pytest.mark.parametrize("stored", OTHER_STORAGE)
+@pytest.mark.parametrize("masked", [False, True])
+def test_weights_that_are_stored_otherwise(name, stored, masked, tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    model = st.prune(model, 0.5) if masked else model
+    weight = OTHER_STORAGE[stored](model[0].weight.detach().clone())
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(st.SurgeryError, match=rf"'0\.weight' is {stored}, and masks, counts and files"):
+        TAKE_A_MODEL[name](model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+def test_a_buffer_that_is_stored_otherwise(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.register_buffer("graph", torch.eye(4).to_sparse())
+    with pytest.raises(st.SurgeryError, match=r"'graph' is stored as torch\.sparse_coo"):
+        st.cost(model, torch.zeros(1, 8))
+    st.export(model, tmp_path / "file")
+    loaded = torch.load(tmp_path / "file", weights_only=True)
+    assert torch.equal(loaded["graph"].to_dense(), torch.eye(4))
+
+
 def test_meta_models_without_masks_still_verify():
     model = network().to("meta")
     assert st.verify(model, st.copy_model(model)).ok

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from sparsetweaks.display.parts import Mark, Part, pair, read
 from sparsetweaks.masks import masks_by_parameter
-from sparsetweaks.prunable import zeros_without_mask
+from sparsetweaks.prunable import about_zeros, check_dense, plain_zeros, select_weights
 from sparsetweaks.surgery.programs import original_class
 from sparsetweaks.surgery.sites import Change, Site, changes
 
@@ -61,8 +61,9 @@ class Facts:
 def facts_of_one(model: nn.Module, flops: Mapping[str, tuple[int, int]] | None) -> Facts:
     """What there is to say about one model; `flops` as in `read`."""
     masks = _masks(model)
-    part, done = read(model, masks, flops), changes(model)
-    notes = [*_about_masks(model, masks), *_about_flops(flops)]
+    zeros = plain_zeros(select_weights(model), masks)
+    part, done = read(model, masks | zeros, flops), changes(model)
+    notes = [*_about_masks(masks, zeros), *_about_flops(flops)]
     title = original_class(model).__name__
     return Facts(
         title, part, _totals(part, flops is not None), done, _left(done), tuple(notes), flops is not None
@@ -76,9 +77,12 @@ def facts_of_two(
 ) -> Facts:
     """What there is to say about two models side by side; `flops` of each, as in `read`."""
     masks = _masks(before), _masks(after)
+    zeros = [plain_zeros(select_weights(model), of) for model, of in zip((before, after), masks, strict=True)]
     values, notes = _values(before, after, masks)
     counted = flops or (None, None)
-    part = pair(read(before, masks[0], counted[0]), read(after, masks[1], counted[1]), values)
+    part = pair(
+        read(before, masks[0] | zeros[0], counted[0]), read(after, masks[1] | zeros[1], counted[1]), values
+    )
     earlier, done = changes(before), changes(after)
     if done[: len(earlier)] == earlier:
         done = done[len(earlier) :]
@@ -86,7 +90,7 @@ def facts_of_two(
         notes.insert(0, "no module, mask or count differs")
     names = [original_class(model).__name__ for model in (before, after)]
     title = names[0] if names[0] == names[1] else " → ".join(names)
-    notes += [*_about_masks(after, masks[1]), *_about_flops(flops)]
+    notes += [*_about_masks(masks[1], zeros[1]), *_about_flops(flops)]
     return Facts(
         title, part, _totals(part, flops is not None), done, _left(done), tuple(notes), flops is not None
     )
@@ -121,19 +125,16 @@ def _masks(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"{name!r} is not initialised yet: run one batch through the lazy model first")
+    check_dense(dict(model.named_parameters()))
     masks = masks_by_parameter(model)
     if any(mask.is_meta for mask in masks.values()):
         raise ValueError("the masks are on the meta device and have no values: load the model first")
     return masks
 
 
-def _about_masks(model: nn.Module, masked: Mapping[nn.Parameter, Tensor]) -> list[str]:
-    zeros, _ = zeros_without_mask(model, masked)
+def _about_masks(masked: Mapping[nn.Parameter, Tensor], zeros: Mapping[nn.Parameter, Tensor]) -> list[str]:
     if zeros:
-        return [
-            f"{zeros:,} prunable weights are exactly zero without a mask, and count as kept: "
-            "apply_masks(model, find_masks(model, zeros=True)) makes them one"
-        ]
+        return [f"{about_zeros(zeros)}. Here they count as pruned"]
     return [] if masked else ["no masks: nothing is pruned"]
 
 

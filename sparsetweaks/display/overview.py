@@ -93,6 +93,6 @@ def diff(before: nn.Module, after: nn.Module, *, inputs: Any = None) -> Overview
 def _flops(model: nn.Module, inputs: Any) -> Mapping[str, tuple[int, int]] | None:
     if inputs is None:
         return None
-    from sparsetweaks.cost import cost
+    from sparsetweaks.cost import counted
 
-    return {each.name: (each.flops, each.effective_flops) for each in cost(model, inputs).modules}
+    return {each.name: (each.flops, each.effective_flops) for each in counted(model, inputs).modules}

@@ -11,7 +11,7 @@ from typing import Any
 
 from sparsetweaks.lottery.config import LotteryError
 from sparsetweaks.lottery.files import write
-from sparsetweaks.lottery.results import BASELINE, picture, read_rows, statistics, summarise
+from sparsetweaks.lottery.results import BASELINE, LATER, picture, read_rows, statistics, summarise
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
@@ -114,6 +114,7 @@ def _costs(rows: list[dict[str, str]]) -> str:
             "budget",
             "flops",
             "effective_flops",
+            *LATER,
             "step_milliseconds",
         )
         if name in rows[0]
@@ -131,7 +132,9 @@ def _costs(rows: list[dict[str, str]]) -> str:
     ):
         sparse = f"{100 * float(row['sparsity']):.4g} %"
         run = (row["architecture"], row["data"], row.get("drawn", ""), sparse, row["variant"])
-        costs.setdefault(run, [row[name] if "." in row[name] else f"{int(row[name]):,}" for name in columns])
+        costs.setdefault(
+            run, [f"{int(row[name]):,}" if row[name].isdigit() else row[name] for name in columns]
+        )
     cells = [
         "<tr>" + "".join(f"<td>{escape(value)}</td>" for value in [*run, *numbers]) + "</tr>"
         for run, numbers in costs.items()

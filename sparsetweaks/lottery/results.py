@@ -27,6 +27,7 @@ SUMMARISED = (
     "test",
 )  # columns that `summarise` needs
 OF_TICKETS = ("ticket", "ticket_seed", "drawing")  # columns that rows to be added to must have
+LATER = ("peak_activation_bytes", "sparse_file_bytes")  # columns that rows of earlier versions lack
 COLOURS = 128  # of a picture
 DRAWN = {
     "imp": "iterative magnitude pruning",
@@ -55,7 +56,8 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add one line to a CSV file, in a single write, so that several processes can add to one file.
 
     A line that was cut off, by a full disk or a killed process, is no line: it is removed before the next is added, and
-    the run it belongs to, which is kept elsewhere, gives it again.
+    the run it belongs to, which is kept elsewhere, gives it again. A file that an earlier version began without the
+    columns of `LATER` goes on without them.
 
     Args:
         path: of the file; made, with its header, if it is not there.
@@ -72,6 +74,9 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
             content = file.read()
             whole = content[: content.rfind(b"\n") + 1]
             header = _line(row)
+            earlier = {name: value for name, value in row.items() if name not in LATER}
+            if whole.startswith(_line(earlier).encode()):
+                row, header = earlier, _line(earlier)
             if whole and not whole.startswith(header.encode()):
                 raise LotteryError(
                     f"{path} has other columns than these results: move it away, or choose another with --out"

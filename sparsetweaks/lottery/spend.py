@@ -19,6 +19,7 @@ from sparsetweaks.errors import SurgeryError
 from sparsetweaks.lottery import ranks
 from sparsetweaks.lottery.config import LotteryError, Recipe, RunError, Tweaks, key
 from sparsetweaks.lottery.data import Data
+from sparsetweaks.lottery.results import LATER
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import Trained, load_trained, precision_of, train
 from sparsetweaks.lottery.tweaking import tweaked
@@ -257,6 +258,7 @@ def row(
         "test": round(trained.test or 0.0, 6),
         "best_epoch": trained.best_epoch,
         **{column: trained.note[column] for column in COUNTED},
+        **{column: trained.note.get(column, "") for column in LATER},
         "train_seconds": round(trained.seconds, 3),
         "step_milliseconds": round(1000 * trained.seconds / trained.steps, 3),
         "prepare_seconds": round(trained.note["prepare_seconds"], 3),

@@ -47,7 +47,8 @@ def tweaked(
     Returns:
         The model, on the device of `data`; the loss; and `nonzeros` (surviving weights, of those that are pruned among),
         `added` (what tweaks brought), `budget` (their sum), `parameters` (all there are, normalisation and classifier
-        too), `nonzero_parameters` (those that no mask removes), `flops` (of one image) and `effective_flops` (the same).
+        too), `nonzero_parameters` (those that no mask removes), `flops` (of one image), `effective_flops` (the same),
+        `peak_activation_bytes` (of one image) and `sparse_file_bytes` (that `export(format="sparse")` would write of it).
 
     Raises:
         RunError: when the tweaks add as much as survives, or more.
@@ -133,6 +134,7 @@ def _counts(model: nn.Module, data: Data) -> dict[str, int]:
     )  # of a dense network, all that pruning would take
     survivors = sum(int(each.count_nonzero()) if masks else each.numel() for each in weights)
     count = cost(model, data.normalise(data.test.images[:1]))
+    assert count.sparse_disk_bytes is not None  # as no network here is on the meta device
     return {
         "nonzeros": survivors,
         "added": added,
@@ -141,6 +143,8 @@ def _counts(model: nn.Module, data: Data) -> dict[str, int]:
         "nonzero_parameters": count.nonzeros,
         "flops": count.flops,
         "effective_flops": count.effective_flops,
+        "peak_activation_bytes": count.peak_activation_bytes,
+        "sparse_file_bytes": count.sparse_disk_bytes,
     }
 
 

@@ -130,7 +130,9 @@ def test_zeros_without_a_mask_are_told():
     model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 2, 1))
     with torch.no_grad():
         model[0].weight[0] = 0
-    assert "1 prunable weights are exactly zero without a mask" in " ".join(str(summary(model)).split())
+    told = " ".join(str(summary(model)).split())
+    assert "1 of the 2 prunable weights are exactly zero without a mask" in told
+    assert "sparsity of the 2 prunable weights 50.00 %" in told
 
 
 def test_a_zero_that_came_by_chance_is_no_hint_of_a_pruner():

@@ -357,6 +357,7 @@ def test_the_report_is_one_page_with_everything(small: None, tmp_path: Path) -> 
         "Figure A13-digits",
         "the paper says that",
         "effective flops",
+        "sparse file bytes",
     ):
         assert words in page.text
     rows = read_rows(tmp_path / "results.csv")

@@ -14,6 +14,7 @@ from sparsetweaks.lottery.config import LotteryError, Network, Recipe
 from sparsetweaks.lottery.experiment import Experiment, Source, compare
 from sparsetweaks.lottery.grid import run_all
 from sparsetweaks.lottery.results import (
+    LATER,
     Cell,
     append_row,
     kept_runs,
@@ -68,6 +69,19 @@ def test_rows_of_other_columns_are_not_mixed_in(tmp_path: Path) -> None:
     append_row(tmp_path / "rows.csv", {"run": 1, "test": 0.5})
     with pytest.raises(LotteryError, match="has other columns than these results"):
         append_row(tmp_path / "rows.csv", {"run": 1, "accuracy": 0.5})
+
+
+def test_a_file_of_an_earlier_version_goes_on_without_the_later_columns(tmp_path: Path) -> None:
+    earlier = {"run": "1", "variant": "AT", "test": "0.5"}
+    now = {"run": "2", "variant": "AT", **dict.fromkeys(LATER, "7"), "test": "0.6"}
+    append_row(tmp_path / "old.csv", earlier)
+    append_row(tmp_path / "old.csv", now)
+    assert read_rows(tmp_path / "old.csv") == [earlier, {"run": "2", "variant": "AT", "test": "0.6"}]
+    append_row(tmp_path / "new.csv", now)
+    append_row(tmp_path / "new.csv", now | {"run": "3"})
+    assert read_rows(tmp_path / "new.csv") == [now, now | {"run": "3"}]
+    with pytest.raises(LotteryError, match="has other columns than these results"):
+        append_row(tmp_path / "new.csv", earlier)
 
 
 @pytest.mark.parametrize(

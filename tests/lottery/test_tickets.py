@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sparsetweaks.cost import cost
+from sparsetweaks.export import export
 from sparsetweaks.lottery.config import (
     VARIANTS,
     LotteryError,
@@ -27,6 +29,7 @@ from sparsetweaks.lottery.draw import UNTRAINED, draw, draw_by_masks, draw_one_s
 from sparsetweaks.lottery.files import FORMAT, check_writable
 from sparsetweaks.lottery.models import build
 from sparsetweaks.lottery.pools import SHARES, pool, pool_key, pool_row
+from sparsetweaks.lottery.results import LATER
 from sparsetweaks.lottery.spend import row, run_key, spend, tweaked
 from sparsetweaks.lottery.store import Ticket, dense_ticket, load_ticket, save_ticket, ticket_path
 from sparsetweaks.lottery.train import train
@@ -384,6 +387,22 @@ def test_effective_flops_are_those_that_the_masks_leave(digits: Data, tickets: l
     for name, mask in tickets[3].masks.items():
         expected += 2 * int(mask.sum()) * next(n for start, n in pixels.items() if name.startswith(start))
     assert counts[3]["effective_flops"] == expected
+
+
+def test_a_row_tells_the_memory_and_the_file_that_a_network_takes(
+    digits: Data, tickets: list[Ticket], tmp_path: Path
+) -> None:
+    trained = spend(tickets[2], Tweaks(), digits, RECIPE, seed=0, folder=tmp_path)
+    told = row(tickets[2], "vanilla", Tweaks(), digits, RECIPE, trained, seed=0)
+    model = tickets[2].model().to(memory_format=torch.channels_last)
+    image = digits.normalise(digits.test.images[:1])
+    assert told["peak_activation_bytes"] == cost(model, image).peak_activation_bytes > image.nbytes
+    export(model, tmp_path / "file", format="sparse")
+    assert told["sparse_file_bytes"] == (tmp_path / "file").stat().st_size
+    for name in LATER:  # as of a run that an earlier version has kept
+        del trained.note[name]
+    told = row(tickets[2], "vanilla", Tweaks(), digits, RECIPE, trained, seed=0)
+    assert [told[name] for name in LATER] == ["", ""]
 
 
 def test_scales_are_learned_in_float32_whatever_the_training_computes_in(

@@ -161,6 +161,32 @@ def test_the_shorter_code_is_taken_and_a_mask_is_never_lost():
         assert 4 * kept + where <= found[density] <= 4 * kept + where + 500
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_without_a_mask_are_not_stored_and_come_back_without_one(dtype):
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randint(0, 256, (4000 * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+    raw = raw % 2 if dtype == torch.bool else raw
+    raw.view(4000, -1)[torch.rand(4000, generator=generator) < 0.95] = 0
+    state = {"w": raw.view(dtype).view(40, 100)}
+    data = written(state, {})
+    assert len(data) < 0.13 * raw.nbytes + 600  # 0.05 of values, and a bit or a byte of where for each
+    contents = read(data)
+    assert contents.masks == {} and bits(contents.state["w"]) == bits(state["w"])
+
+
+def test_a_negative_zero_without_a_mask_is_no_zero():
+    weight = torch.zeros(1000)
+    weight[::10] = -0.0
+    assert bits(read(written({"w": weight}, {})).state["w"]) == bits(weight)
+
+
+def test_small_tensors_and_those_of_few_zeros_are_stored_whole():
+    from safetensors.torch import load
+
+    state = {"small": torch.zeros(256), "dense": (torch.arange(1000) % 2 + torch.arange(1000) % 3).float()}
+    assert load(written(state, {})).keys() == state.keys()
+
+
 def test_names_that_would_collide_are_refused():
     state = {"w": torch.ones(64), "w/values": torch.ones(2)}
     with pytest.raises(SurgeryError, match="'w/values' names two things"):
