@@ -28,7 +28,7 @@ from sparsetweaks.analysis.evaluation import (
 )
 from sparsetweaks.analysis.figures import COLORS, label, new_figure
 from sparsetweaks.analysis.lanczos import WHICH, quadrature, random_signs, random_vector, top_eigenpairs
-from sparsetweaks.analysis.subspace import Subspace, Where, subspace
+from sparsetweaks.analysis.subspace import Subspace, Where, new_seed, subspace
 from sparsetweaks.masks import lift_masks
 
 if TYPE_CHECKING:
@@ -321,7 +321,9 @@ def hessian_top_eigenvalues(
         keep_graph: whether to build the gradient's graph once and keep it for all products, which saves a
             third of the time and takes memory for all the data. Default: only if the data are one pair and no
             `chunk_size` is given.
-        generator: of the start; default: one seeded with 0, so that the same call gives the same numbers.
+        generator: of the random start; default: one seeded with 0, so that the same call gives the same numbers.
+            Of it comes one seed, and with that each parameter's part is drawn by the parameter's name: networks that
+            are compared start alike in what they share, whatever else differs.
         progress: called after each product with (products so far, at most so many).
 
     Returns:
@@ -354,7 +356,7 @@ def hessian_top_eigenvalues(
             raise ValueError(f"k={k} eigenvalues were asked for, but only {space.dimension} weights are kept")
         found = top_eigenpairs(
             lambda vector: curvature.product(space, vector),
-            random_vector(space.flat(curvature.gradient), draw),
+            space.random(random_vector, new_seed(draw)),
             k=k,
             which=which,
             tolerance=tolerance,
@@ -426,9 +428,11 @@ def hessian_trace(
     _check_whole("probes", probes, least=2)
 
     def analyse(curvature: Curvature, space: Subspace, draw: torch.Generator) -> list[float]:
-        like, samples = space.flat(curvature.gradient), list[float]()
+        samples = list[float]()
         while len(samples) < probes:
-            signs = [random_signs(like, draw) for _ in range(min(BLOCK, probes - len(samples)))]
+            signs = [
+                space.random(random_signs, new_seed(draw)) for _ in range(min(BLOCK, probes - len(samples)))
+            ]
             for sign, product in zip(signs, curvature.products(space, signs), strict=True):
                 samples.append(torch.dot(sign.double(), product.double()).item())
             if progress:
@@ -500,11 +504,10 @@ def hessian_density(
         raise ValueError(f"width must be positive, got {width}")
 
     def analyse(curvature: Curvature, space: Subspace, draw: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-        like = space.flat(curvature.gradient)
         return [
             quadrature(
                 lambda vector: curvature.product(space, vector),
-                random_signs(like, draw),
+                space.random(random_signs, new_seed(draw)),
                 steps=steps,
                 generator=draw,
                 on_step=lambda step, done=number * steps: (  # type: ignore[misc]
@@ -583,7 +586,9 @@ def _by_space(
         once = batches.single and setting.chunk_size is None
         keep_graph = once if setting.keep_graph is None else setting.keep_graph
         curvature = Curvature(network, list(whole.parameters.values()), batches, loss, keep_graph=keep_graph)
+        state = draw.get_state()
         for over, space in spaces.items():
+            draw.set_state(state)  # both spaces are seen by the same random vectors
             before = curvature.products_taken, curvature.gradients_taken
             result = analyse(curvature, space, draw)
             products = curvature.products_taken - before[0]

@@ -33,7 +33,7 @@ from sparsetweaks.analysis.evaluation import (
 from sparsetweaks.analysis.figures import COLORS, SURFACE_COLORS, label, new_figure
 from sparsetweaks.analysis.hessian import TopEigenvalues
 from sparsetweaks.analysis.lanczos import random_signs, random_vector
-from sparsetweaks.analysis.subspace import Where, named_weights, subspace
+from sparsetweaks.analysis.subspace import Where, named_weights, new_seed, subspace
 from sparsetweaks.masks import lift_masks
 
 if TYPE_CHECKING:
@@ -387,8 +387,9 @@ def loss_plane(
             scaled as one filter. By default they stay, as in Li et al.
         points: how many along each direction, an odd number.
         radius: how far along each, in units of `scale`, > 0; at 1 each filter has moved by its own norm.
-        generator: of the directions; default: one seeded with 0. With the same masks, the same one gives the
-            same directions before they are scaled, in every form of mask.
+        generator: of the directions; default: one seeded with 0. The same one gives networks that are compared the
+            same directions, before they are masked and scaled, in every parameter that they share by name and shape,
+            whatever else they hold.
         progress: called after each point with (points so far, all).
 
     Returns:
@@ -594,8 +595,7 @@ class _Terrain:
         parameters = named_weights(self.network)
         masks = {parameters[name]: mask for name, mask in self.masks.items() if name in parameters}
         space = subspace(self.network, masks, over=over, where=where)
-        like = space.flat([parameter.detach() for parameter in space.parameters.values()])
-        drawn = space.named(random_vector(like, draw))
+        drawn = space.named(space.random(random_vector, new_seed(draw)))
         moving = {name: part for name, part in drawn.items() if one_dimensional or part.ndim > 1}
         if not moving:
             raise ValueError("only biases and the like were chosen: say one_dimensional=True to move them")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -57,6 +58,28 @@ class Subspace:
         """`tensors` by name."""
         return dict(zip(self.parameters, self.tensors(flat), strict=True))
 
+    def random(self, draw: Callable[[Tensor, torch.Generator], Tensor], seed: int) -> Tensor:
+        """A flat random vector in which each parameter is drawn whole, by itself: from `seed` and its name alone.
+
+        So two networks get the same in what they share, whatever else they hold and however they are masked.
+        """
+        return self.flat(
+            [
+                draw(parameter.detach().reshape(-1), _generator_of(seed, name))
+                for name, parameter in self.parameters.items()
+            ]
+        )
+
+
+def new_seed(generator: torch.Generator) -> int:
+    """A seed for `Subspace.random`: one number of `generator`, however large the space."""
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+
+
+def _generator_of(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
 
 def subspace(
     model: nn.Module, masks: Mapping[nn.Parameter, Tensor], *, over: str = "kept", where: Where = None
@@ -86,7 +109,7 @@ def subspace(
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The floating-point parameters by the weight's own name, as in `find_masks`; a tied one once.
 
-    In alphabetical order, so that one generator draws the same direction whatever form the masks have.
+    In alphabetical order, whatever form the masks have.
     """
     masked = masks_by_parameter(model)
     named = {}

@@ -219,6 +219,16 @@ def test_probes_that_share_a_pass_see_the_same_hessian():
     assert (two.work.products, two.work.gradients) == (11, 3)
 
 
+def test_both_spaces_are_seen_by_the_same_probes():
+    model, _, _, batch = case("mlp")
+    whole = {"where": "4.*", "over": "both", "probes": 3}  # nothing is pruned there: the spaces are one
+    trace = hessian_trace(model, batch, F.cross_entropy, **whole)
+    assert trace.samples == trace.beside.samples
+    density = hessian_density(model, batch, F.cross_entropy, steps=3, **whole)
+    assert density.nodes == density.beside.nodes
+    assert len(set(trace.samples)) == 3
+
+
 def test_the_density_has_the_moments_and_ends_of_the_spectrum():
     model, plain, masks, batch = case("mlp")
     matrix, _ = dense_hessian(plain, masks, batch)

@@ -287,6 +287,23 @@ def test_random_directions_by_option(monkeypatch):
     assert sum(part.square().sum() for part in first.values()).item() == pytest.approx(1)
 
 
+def test_a_parameter_has_the_same_direction_whatever_else_there_is(monkeypatch):
+    model = masked()
+    _, before, _ = directions_of(monkeypatch, model)
+    longer = nn.Sequential(*masked(), nn.Linear(3, 3).double())
+    _, after, _ = directions_of(monkeypatch, longer)
+    denser = apply_masks(plain(), {"0.weight": masks_of(0)["0.weight"]})
+    _, unmasked, _ = directions_of(monkeypatch, denser)
+    for one, two, three in zip(before, after, unmasked, strict=True):
+        for name in ("0.weight", "4.weight", "6.weight"):
+            assert torch.allclose(one[name], two[name], atol=1e-12)
+        for name in ("0.weight", "6.weight"):
+            assert torch.allclose(one[name], three[name], atol=1e-12)
+        own, whole = one["4.weight"][1], three["4.weight"][1]  # a filter scaled by what it keeps
+        mask = masks_of(0)["4.weight"][1]
+        assert torch.allclose(own / own.norm(), whole * mask / (whole * mask).norm(), atol=1e-12)
+
+
 def test_a_plane_of_given_directions():
     model = masked()
     top = hessian_top_eigenvalues(model, batch(), F.cross_entropy, k=2)
