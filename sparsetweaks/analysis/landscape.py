@@ -34,6 +34,7 @@ from sparsetweaks.analysis.figures import COLORS, SURFACE_COLORS, label, new_fig
 from sparsetweaks.analysis.hessian import TopEigenvalues
 from sparsetweaks.analysis.lanczos import random_signs, random_vector
 from sparsetweaks.analysis.subspace import Where, named_weights, new_seed, subspace
+from sparsetweaks.forms import masked_places
 from sparsetweaks.masks import lift_masks
 
 if TYPE_CHECKING:
@@ -234,7 +235,8 @@ def loss_line(
 
     Between two networks (linear mode connectivity, Frankle et al. 2020): at (1 - t) * weights + t * others for
     t from 0 to 1. The barrier is the largest excess of the loss over the straight line between the two ends'
-    losses. Both masks may be of any form.
+    losses. Both masks may be of any form. Floating-point buffers go along, and what is equal in both stays to
+    the bit, infinities too.
 
     Dropout is off. The model, its buffers and modes, and PyTorch's random state stay untouched.
 
@@ -268,7 +270,8 @@ def loss_line(
         Positions and losses, with `barrier` or `rise`.
 
     Raises:
-        ValueError: neither or both of `direction` and `to`; a direction or network that does not fit; a given
+        ValueError: neither or both of `direction` and `to`; a direction or network that does not fit; buffers
+            that differ and have nothing between them, as they are infinite or no floating-point numbers; a given
             network whose loss is not finite; otherwise as `hessian_top_eigenvalues`.
 
     Example:
@@ -323,13 +326,14 @@ def _line_between(
     kept = [terrain.masks, _masks_by_name(second)]
     ends = [_state(terrain.network), _state(second)]
     _check_same(*ends)
+    _check_fixed(terrain.network, second)
     names = set(terrain.weights)
     if masks == "intersection":
         for end in ends:
             for name, mask in [*kept[0].items(), *kept[1].items()]:
                 end[name] = end[name] * mask.to(end[name].device)
     positions = torch.linspace(0, 1, int(points), dtype=torch.float64).tolist()
-    states = ({name: (1 - t) * ends[0][name] + t * ends[1][name] for name in ends[0]} for t in positions)
+    states = ({name: _between(end, ends[1][name], t) for name, end in ends[0].items()} for t in positions)
     losses = terrain.losses(states, len(positions), progress)
     return LossLine(
         tuple(positions),
@@ -339,6 +343,11 @@ def _line_between(
         sum(_kept_between(terrain.weights[name], [each.get(name) for each in kept], masks) for name in names),
         sum(part.numel() for part in terrain.weights.values()),
     )
+
+
+def _between(first: Tensor, second: Tensor, t: float) -> Tensor:
+    """What is equal stays so: an attention mask's -inf, which times 0 is nan."""
+    return torch.where(first == second, first, (1 - t) * first + t * second)
 
 
 def _kept_between(weight: Tensor, masks: Sequence[Tensor | None], rule: str) -> int:
@@ -608,14 +617,16 @@ def _masks_by_name(network: nn.Module) -> dict[str, Tensor]:
     return {name: masks[p] for name, p in named_weights(network).items() if p in masks}
 
 
-def _tensors_of(network: nn.Module) -> dict[str, Tensor]:
+def _tensors_of(network: nn.Module) -> Weights:
     """All that is interpolated: floating-point parameters, and buffers such as running statistics."""
-    buffers = {
-        name: buffer
-        for name, buffer in network.named_buffers()
-        if buffer.is_floating_point() and not name.endswith(("_mask", ".mask"))
-    }
+    buffers = {name: buffer for name, buffer in _buffers_of(network).items() if buffer.is_floating_point()}
     return {**named_weights(network), **buffers}
+
+
+def _buffers_of(network: nn.Module) -> Weights:
+    """All but the masks of weights, in whatever form."""
+    masks = {id(mask) for place in masked_places(network) for mask in place.stored_masks()}
+    return {name: buffer for name, buffer in network.named_buffers() if id(buffer) not in masks}
 
 
 def _state(network: nn.Module) -> Weights:
@@ -631,7 +642,26 @@ def _check_same(first: Weights, second: Weights) -> None:
             raise ValueError(
                 f"{name!r} has shape {tuple(tensor.shape)} in one network and {tuple(second[name].shape)} in the other"
             )
-        second[name] = second[name].to(device=tensor.device, dtype=tensor.dtype)
+        other = second[name] = second[name].to(device=tensor.device, dtype=tensor.dtype)
+        if ((tensor != other) & ~(tensor.isfinite() & other.isfinite())).any():
+            raise ValueError(
+                f"{name!r} is infinite in one network where the other differs: nothing lies between them. Give both "
+                "the same"
+            )
+
+
+def _check_fixed(first: nn.Module, second: nn.Module) -> None:
+    """Refuse what cannot be interpolated and differs; counts of batches, which compute nothing here, do not matter."""
+    others = _buffers_of(second)
+    for name, buffer in _buffers_of(first).items():
+        if buffer.is_floating_point() or name.endswith("num_batches_tracked"):
+            continue
+        other = others.get(name)
+        if other is None or buffer.shape != other.shape or not torch.equal(buffer, other.to(buffer.device)):
+            raise ValueError(
+                f"the buffer {name!r} ({buffer.dtype}) differs between the two networks, and there is nothing between "
+                "its values: give both the same"
+            )
 
 
 def _check_cut(batch_norm: str, chunk_size: int | None) -> None:

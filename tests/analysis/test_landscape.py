@@ -175,6 +175,41 @@ def test_the_intersection_of_the_masks_restricts_both_ends():
     assert loss_line(first, batch(), F.cross_entropy, to=first).barrier == pytest.approx(0, abs=1e-12)
 
 
+class Attending(nn.Module):
+    """Adds buffers to its scores, whose names end as masks' do."""
+
+    def __init__(self, causal: float = -math.inf, shift: float = 0.0, allowed: bool = True) -> None:
+        super().__init__()
+        self.score = nn.Linear(3, 3).double()
+        self.register_buffer("attn_mask", torch.triu(torch.full((3, 3), causal), 1).double())
+        self.register_buffer("soft_mask", torch.full((3,), shift).double())
+        self.register_buffer("allowed_mask", torch.tensor([allowed, True, True]))
+
+    def forward(self, inputs):
+        scores = (self.score(inputs)[:, None] + self.attn_mask).softmax(2).sum(1) + self.soft_mask
+        return scores * self.allowed_mask
+
+
+def test_buffers_between_two_networks_are_interpolated_unless_they_are_equal():
+    data = torch.randn(8, 3).double(), torch.randint(3, (8,))
+    first, second = Attending(), Attending(shift=1.0)
+    second.soft_mask[0] = 3
+    line = loss_line(first, data, F.cross_entropy, to=second, points=3)
+    for t, value in zip(line.positions, line.losses, strict=True):
+        moved = copy_model(first)
+        with torch.no_grad():
+            for parameter, end in zip(moved.parameters(), second.parameters(), strict=True):
+                parameter.copy_((1 - t) * parameter + t * end)
+            moved.soft_mask.copy_(t * second.soft_mask)
+            assert value == pytest.approx(F.cross_entropy(moved(data[0]), data[1]).item(), rel=1e-12)
+    same = loss_line(first, data, F.cross_entropy, to=first, points=11)
+    assert len(set(same.losses)) == 1  # to the bit
+    with pytest.raises(ValueError, match="'attn_mask' is infinite in one network"):
+        loss_line(first, data, F.cross_entropy, to=Attending(causal=-1.0))
+    with pytest.raises(ValueError, match=r"'allowed_mask' \(torch\.bool\) differs"):
+        loss_line(first, data, F.cross_entropy, to=Attending(allowed=False))
+
+
 def test_statistics_are_estimated_anew_at_each_point():
     first, second = plain(0), plain(1)
     data = [tuple(part[:13] for part in batch()), tuple(part[13:] for part in batch())]
