@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeGuard
@@ -276,6 +278,14 @@ def check_loss(value: float) -> None:
     """Refuse to go on from a network whose own loss is not finite."""
     if not math.isfinite(value):
         raise ValueError(f"the loss of the given network is {value}: nothing to analyse there")
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line that called into the package, however deep in it this is."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("sparsetweaks."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def table_text(rows: Sequence[Mapping[str, Any]]) -> str:

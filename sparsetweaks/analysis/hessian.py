@@ -8,7 +8,6 @@ training can never take says nothing about training.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -24,6 +23,7 @@ from sparsetweaks.analysis.evaluation import (
     Progress,
     table_text,
     undisturbed,
+    warn,
     working_copy,
 )
 from sparsetweaks.analysis.figures import COLORS, label, new_figure
@@ -298,7 +298,8 @@ def hessian_top_eigenvalues(
 
     Args:
         model: any network, masked in any form or not at all (then all its weights are kept). For one that
-            holds plain zeros give `apply_masks(model, find_masks(model, zeros=True))`.
+            holds plain zeros give `apply_masks(model, find_masks(model, zeros=True))`; there is an
+            `UnmaskedZerosWarning` otherwise.
         data: one pair (inputs, targets), or something that can be gone through repeatedly for such pairs, a
             list or a `DataLoader` say, of any length: one batch is held at a time. The inputs are a tensor, or
             a tuple or mapping of them. Batches go to the model's device and precision.
@@ -365,11 +366,10 @@ def hessian_top_eigenvalues(
             on_step=lambda step: progress(step, iterations) if progress else None,
         )
         if not found.converged:
-            warnings.warn(
+            warn(
                 f"after {iterations} products an eigenvalue's error bound is still {max(found.errors):.2g}: raise "
                 "iterations, or tolerance",
                 NotConvergedWarning,
-                stacklevel=4,
             )
         vectors = tuple(space.named(vector) for vector in found.vectors)
         return _Eigen(tuple(found.values), tuple(found.errors), vectors, found.converged)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +33,7 @@ from sparsetweaks.analysis.evaluation import (
 from sparsetweaks.analysis.figures import COLORS, SURFACE_COLORS, label, new_figure
 from sparsetweaks.analysis.hessian import TopEigenvalues
 from sparsetweaks.analysis.lanczos import random_signs, random_vector
-from sparsetweaks.analysis.subspace import Where, named_weights, new_seed, subspace
+from sparsetweaks.analysis.subspace import Where, check_zeros, named_weights, new_seed, subspace
 from sparsetweaks.forms import masked_places
 from sparsetweaks.masks import lift_masks
 
@@ -52,6 +52,13 @@ INPUT_RADIUS = 0.5  # half a standard deviation of normalised inputs
 EUCLIDEAN = "Euclidean distance"
 OF_FILTERS = "norms of each filter"
 OF_INPUTS = "root mean square change per input element"
+
+_SPACES = {
+    "kept": "the kept weights",
+    "all": "all weights",
+    "given": "given directions",
+    "inputs": "inputs",
+}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -128,20 +135,25 @@ class LossPlane:
     """The loss over a plane.
 
     Attributes:
+        over: which weights random directions move, `"kept"` or `"all"`; `"given"` where the directions were given,
+            and `"inputs"` for a plane of inputs.
         xs: positions along the first direction, in `unit`.
         ys: positions along the second direction, in `unit`.
         losses: a row for each of `ys`, with a value for each of `xs`.
         unit: of the positions.
         names: what the two directions are.
         cosine: of the angle between the directions, as one vector each.
+        beside: the same over all weights, with `over="both"`.
     """
 
+    over: str
     xs: tuple[float, ...]
     ys: tuple[float, ...]
     losses: tuple[tuple[float, ...], ...] = field(repr=False)
     unit: str
     names: tuple[str, str]
     cosine: float
+    beside: LossPlane | None = None
 
     @property
     def center(self) -> float:
@@ -154,30 +166,35 @@ class LossPlane:
         return _worst(value - self.center for row in self.losses for value in row)
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each point: `x`, `y`, `loss`."""
-        return [
-            {"x": x, "y": y, "loss": value}
+        """A row for each point: `over`, `x`, `y`, `loss`."""
+        rows = [
+            {"over": self.over, "x": x, "y": y, "loss": value}
             for y, row in zip(self.ys, self.losses, strict=True)
             for x, value in zip(self.xs, row, strict=True)
         ]
+        return rows + (self.beside.table() if self.beside else [])
 
     def __str__(self) -> str:
-        finite = [value for row in self.losses for value in row if math.isfinite(value)]
-        return (
-            f"Loss plane, {len(self.xs)} x {len(self.ys)} points; positions in {self.unit}\n"
+        finite = self._finite()
+        text = (
+            f"Loss plane over {_SPACES[self.over]}, {len(self.xs)} x {len(self.ys)} points; positions in {self.unit}\n"
             f"x: {self.names[0]}; y: {self.names[1]}; cosine {self.cosine:.2g}\n"
             f"loss {self.center:.4g} at the centre, from {min(finite):.4g} to {max(finite):.4g}, "
             f"{len(self.xs) * len(self.ys) - len(finite)} points not finite"
         )
+        return f"{text}\n{self.beside}" if self.beside else text
 
     def plot(self, *, logarithmic: bool = False) -> Figure:
         """Filled contours of the loss; a cross marks the centre, and points that are not finite stay white.
+
+        Two planes side by side have the same colours.
 
         Args:
             logarithmic: space the contours evenly in the logarithm of the loss, which must be positive: shows
                 the basin where the rim is very high.
         """
-        finite = [value for row in self.losses for value in row if math.isfinite(value)]
+        shown = [self, *([self.beside] if self.beside else [])]
+        finite = [value for plane in shown for value in plane._finite()]
         low, high = min(finite), max(finite)
         high = high if high > low else low + 1e-6 * max(abs(low), 1)  # a flat plane has one colour
         if logarithmic and low <= 0:
@@ -186,21 +203,30 @@ class LossPlane:
             )
         ends = (math.log(low), math.log(high)) if logarithmic else (low, high)
         levels = torch.linspace(*ends, CONTOURS, dtype=torch.float64)
-        shown = [[value if math.isfinite(value) else math.nan for value in row] for row in self.losses]
-        figure, axes = new_figure(size=(5.5, 4.5))
-        filled = axes.contourf(
-            self.xs,
-            self.ys,
-            shown,
-            levels=(levels.exp() if logarithmic else levels).tolist(),
-            norm="log" if logarithmic else None,
-            cmap=SURFACE_COLORS,
-            extend="both",
-        )
-        axes.plot(0, 0, marker="+", color="white", markersize=10, markeredgewidth=2)
-        figure.colorbar(filled, ax=axes, label="mean loss", format="%.3g")
-        label(axes, x=f"{self.names[0]} ({self.unit})", y=f"{self.names[1]} ({self.unit})")
+        figure, panels = new_figure(columns=len(shown), size=(5.5 * len(shown), 4.5))
+        panels = list(panels) if len(shown) > 1 else [panels]
+        for plane, axes in zip(shown, panels, strict=True):
+            filled = axes.contourf(
+                plane.xs,
+                plane.ys,
+                [[value if math.isfinite(value) else math.nan for value in row] for row in plane.losses],
+                levels=(levels.exp() if logarithmic else levels).tolist(),
+                norm="log" if logarithmic else None,
+                cmap=SURFACE_COLORS,
+                extend="both",
+            )
+            axes.plot(0, 0, marker="+", color="white", markersize=10, markeredgewidth=2)
+            label(
+                axes,
+                x=f"{plane.names[0]} ({plane.unit})",
+                y=f"{plane.names[1]} ({plane.unit})",
+                title=f"over {_SPACES[plane.over]}",
+            )
+        figure.colorbar(filled, ax=panels, label="mean loss", format="%.3g")
         return figure
+
+    def _finite(self) -> list[float]:
+        return [value for row in self.losses for value in row if math.isfinite(value)]
 
 
 def _worst(values: Iterable[float]) -> float:
@@ -323,7 +349,10 @@ def _line_between(
     if points != int(points) or points < 2:
         raise ValueError(f"points must be a whole number, at least 2, got {points}")
     second = working_copy(other, dtype=dtype)
-    kept = [terrain.masks, _masks_by_name(second)]
+    lifted = [(terrain.network, terrain.masks), (second, lift_masks(second))]
+    for network, own in lifted:
+        check_zeros(network, own)
+    kept = [_by_name(network, own) for network, own in lifted]
     ends = [_state(terrain.network), _state(second)]
     _check_same(*ends)
     _check_fixed(terrain.network, second)
@@ -386,9 +415,9 @@ def loss_plane(
 
     Args:
         model: as in `loss_line`, and so are `data`, `loss`, `batch_norm`, `dtype`, `chunk_size`.
-        directions: two of one's own, as `direction` in `loss_line`, in place of random ones, so that networks
-            can be compared over the same plane.
-        over: random directions in the `"kept"` weights, or in `"all"`.
+        directions: a pair of one's own, each as `direction` in `loss_line`, in place of random ones.
+        over: random directions in the `"kept"` weights, in `"all"` (of which those in the kept ones are what the masks
+            leave), or `"both"`, side by side.
         where: glob pattern(s) on the names of parameters, or of the modules that hold them, that random
             directions move; None for all.
         scale: `"filter"`, or `"plain"` for directions of unit length, with positions as Euclidean distances.
@@ -415,26 +444,40 @@ def loss_plane(
         >>> round(plane.center, 4) == round(nn.functional.cross_entropy(model(batch[0]), batch[1]).item(), 4)
         True
     """
-    if over not in ("kept", "all"):
-        raise ValueError(f"over must be 'kept' or 'all', got {over!r}")
+    if over not in ("kept", "all", "both"):
+        raise ValueError(f"over must be 'kept', 'all' or 'both', got {over!r}")
     if scale not in ("plain", "filter"):
         raise ValueError(f"scale must be 'plain' (unit length) or 'filter', got {scale!r}")
     positions = _positions(radius, points)
     terrain = _Terrain(model, data, loss, batch_norm, dtype, chunk_size)
     if directions is None:
         draw = generator or torch.Generator().manual_seed(0)
-        first, second = (terrain.random_direction(over, where, one_dimensional, draw) for _ in range(2))
+        seeds = new_seed(draw), new_seed(draw)
+        pairs = {
+            each: terrain.random_directions(each, where, one_dimensional, seeds)
+            for each in (("kept", "all") if over == "both" else (over,))
+        }
         names = ("first random direction", "second random direction")
     else:
         if over != "kept" or where is not None or one_dimensional:
             raise ValueError("over, where and one_dimensional are about random directions: leave them out")
-        first, second = (_fitting(each, terrain) for each in directions)
+        pairs = {"given": _fitting_pair(directions, terrain)}
         names = ("first direction", "second direction")
-    first, second = (_scaled(each, terrain.weights, scale) for each in (first, second))
-    states = (_moved(terrain.weights, (x, first), (y, second)) for y in positions for x in positions)
-    losses = terrain.losses(states, len(positions) ** 2, progress)
+    pairs = {each: [_scaled(part, terrain.weights, scale) for part in pair] for each, pair in pairs.items()}
+    states = (
+        _moved(terrain.weights, (x, first), (y, second))
+        for first, second in pairs.values()
+        for y in positions
+        for x in positions
+    )
+    size = len(positions) ** 2
+    losses = terrain.losses(states, len(pairs) * size, progress)
     unit = EUCLIDEAN if scale == "plain" else OF_FILTERS
-    return _plane(positions, losses, unit, names, _cosine(first, second))
+    planes = [
+        _plane(each, positions, losses[start : start + size], unit, names, _cosine(*pair))
+        for (each, pair), start in zip(pairs.items(), range(0, len(losses), size), strict=True)
+    ]
+    return planes[0] if len(planes) == 1 else replace(planes[0], beside=planes[1])
 
 
 def input_loss_plane(
@@ -523,7 +566,7 @@ def input_loss_plane(
     )
     whole = [{str(number): pair[which] for number, pair in enumerate(around)} for which in (0, 1)]
     cosine = _cosine(*whole)
-    return _plane(positions, losses, OF_INPUTS, names, cosine)
+    return _plane("inputs", positions, losses, OF_INPUTS, names, cosine)
 
 
 def _input_directions(
@@ -548,11 +591,16 @@ def _root_mean_square_of_one(rows: Tensor) -> Tensor:
 
 
 def _plane(
-    positions: list[float], losses: list[float], unit: str, names: tuple[str, str], cosine: float
+    over: str,
+    positions: list[float],
+    losses: list[float],
+    unit: str,
+    names: tuple[str, str],
+    cosine: float,
 ) -> LossPlane:
     side = len(positions)
     rows = tuple(tuple(losses[start : start + side]) for start in range(0, side * side, side))
-    return LossPlane(tuple(positions), tuple(positions), rows, unit, names, cosine)
+    return LossPlane(over, tuple(positions), tuple(positions), rows, unit, names, cosine)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -576,7 +624,7 @@ class _Terrain:
         _check_cut(batch_norm, chunk_size)
         self.reestimates = batch_norm == "reestimate"
         self.network = working_copy(model, batch_norm="eval" if self.reestimates else batch_norm, dtype=dtype)
-        self.masks = _masks_by_name(self.network)
+        self.masks = lift_masks(self.network)
         self.weights = {name: p.detach().clone() for name, p in named_weights(self.network).items()}
         self._data, self._loss, self._chunk_size = data, loss, chunk_size
 
@@ -598,22 +646,19 @@ class _Terrain:
                     progress(len(found), count)
         return found
 
-    def random_direction(
-        self, over: str, where: Where, one_dimensional: bool, draw: torch.Generator
-    ) -> Weights:
-        parameters = named_weights(self.network)
-        masks = {parameters[name]: mask for name, mask in self.masks.items() if name in parameters}
-        space = subspace(self.network, masks, over=over, where=where)
-        drawn = space.named(space.random(random_vector, new_seed(draw)))
-        moving = {name: part for name, part in drawn.items() if one_dimensional or part.ndim > 1}
-        if not moving:
+    def random_directions(
+        self, over: str, where: Where, one_dimensional: bool, seeds: Sequence[int]
+    ) -> list[Weights]:
+        space = subspace(self.network, self.masks, over=over, where=where)
+        if not one_dimensional and all(p.ndim <= 1 for p in space.parameters.values()):
             raise ValueError("only biases and the like were chosen: say one_dimensional=True to move them")
-        return moving
+        drawn = [space.named(space.random(random_vector, seed)) for seed in seeds]
+        return [
+            {name: part for name, part in each.items() if one_dimensional or part.ndim > 1} for each in drawn
+        ]
 
 
-def _masks_by_name(network: nn.Module) -> dict[str, Tensor]:
-    """Lift the masks of a copy of ours, and say what they were."""
-    masks = lift_masks(network)
+def _by_name(network: nn.Module, masks: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
     return {name: masks[p] for name, p in named_weights(network).items() if p in masks}
 
 
@@ -704,6 +749,14 @@ def _fitting(direction: Direction, terrain: _Terrain) -> Weights:
         name: part.detach().to(device=weights[name].device, dtype=weights[name].dtype)
         for name, part in direction.items()
     }
+
+
+def _fitting_pair(directions: object, terrain: _Terrain) -> list[Weights]:
+    if not isinstance(directions, (tuple, list)) or len(directions) != 2:
+        raise ValueError(
+            "directions are a pair, such as hessian_top_eigenvalues(..., k=2).vectors; or leave them out for random ones"
+        )
+    return [_fitting(each, terrain) for each in directions]
 
 
 def _scaled(direction: Weights, weights: Weights, scale: str) -> Weights:

@@ -10,10 +10,15 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from sparsetweaks.analysis.evaluation import warn
 from sparsetweaks.masks import masks_by_parameter
-from sparsetweaks.prunable import close_names
+from sparsetweaks.prunable import close_names, zeros_without_mask
 
 Where = str | Iterable[str] | None
+
+
+class UnmaskedZerosWarning(UserWarning):
+    """Weights that look pruned have no mask, and count as kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +96,8 @@ def subspace(
         over: `"kept"` or `"all"`.
         where: glob pattern(s) on the names of parameters, or of the modules that hold them.
     """
+    if over == "kept":
+        check_zeros(model, masks)
     trainable = {name: p for name, p in named_weights(model).items() if p.requires_grad}
     if not trainable:
         raise ValueError("the model has no trainable parameter: all are frozen, or there is none")
@@ -104,6 +111,17 @@ def subspace(
     if found.dimension == 0:
         raise ValueError("every weight that was chosen is pruned: there is nothing left to move")
     return found
+
+
+def check_zeros(model: nn.Module, masks: Mapping[nn.Parameter, Tensor]) -> None:
+    """Warn of weights that are zero without a mask: the space of a ticket in that form is that of all its weights."""
+    zeros, weights = zeros_without_mask(model, masks)
+    if zeros:
+        warn(
+            f"{zeros:,} of {weights:,} prunable weights without a mask are exactly zero, and count as kept, free to "
+            "move: if they are pruned, give apply_masks(model, find_masks(model, zeros=True)); if not, over='all' says so",
+            UnmaskedZerosWarning,
+        )
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -194,6 +194,17 @@ def test_a_model_without_a_mask_has_all_its_weights_kept(each):
             assert work.dimension == work.weights and "the model has no masks" in str(work)
 
 
+def test_plain_zeros_are_no_mask_and_every_analysis_in_its_space_says_so():
+    model = network()
+    with torch.no_grad():
+        model[3].weight[:2] = 0
+    names = ("hessian_top_eigenvalues", "hessian_trace", "hessian_density", "flatness", "loss_plane")
+    for name in (*names, "loss_line between"):
+        with pytest.warns(analysis.UnmaskedZerosWarning, match="72 of 216 prunable weights") as caught:
+            BY_LOSS[name](model, DATA, F.cross_entropy)
+        assert {each.filename for each in caught} == {__file__}
+
+
 @pytest.mark.parametrize("layer", ["0", "3", "7"])
 def test_a_layer_that_is_pruned_completely(each, layer):
     weight = f"{layer}.weight"

@@ -339,6 +339,25 @@ def test_a_parameter_has_the_same_direction_whatever_else_there_is(monkeypatch):
         assert torch.allclose(own / own.norm(), whole * mask / (whole * mask).norm(), atol=1e-12)
 
 
+def test_planes_over_both_spaces_are_those_of_each_alone():
+    model, calls = masked(), []
+    both = loss_plane(
+        model, batch(), F.cross_entropy, points=3, over="both", progress=lambda *call: calls.append(call)
+    )
+    for plane, over in ((both, "kept"), (both.beside, "all")):
+        alone = loss_plane(model, batch(), F.cross_entropy, points=3, over=over)
+        assert (plane.over, plane.losses) == (over, alone.losses)
+    assert both.losses != both.beside.losses
+    assert calls == [(number, 18) for number in range(1, 19)]
+    assert [row["over"] for row in both.table()] == ["kept"] * 9 + ["all"] * 9
+    assert "over the kept weights" in str(both) and "over all weights" in str(both)
+    titles = [axes.get_title() for axes in both.plot().axes]
+    assert titles[:2] == ["over the kept weights", "over all weights"]
+    given = loss_plane(model, batch(), F.cross_entropy, directions=(GIVEN, GIVEN), points=3)
+    assert given.over == "given"
+    assert input_loss_plane(model, batch(), F.cross_entropy, points=3).over == "inputs"
+
+
 def test_a_plane_of_given_directions():
     model = masked()
     top = hessian_top_eigenvalues(model, batch(), F.cross_entropy, k=2)
@@ -527,8 +546,11 @@ def test_wrong_planes_and_data():
     wider[6] = nn.Linear(8, 4).double()
     with pytest.raises(ValueError, match=r"'6\.bias' has shape"):
         loss_line(model, data, F.cross_entropy, to=wider)
-    with pytest.raises(ValueError, match="'kept' or 'all'"):
-        loss_plane(model, data, F.cross_entropy, over="both")
+    with pytest.raises(ValueError, match="'kept', 'all' or 'both'"):
+        loss_plane(model, data, F.cross_entropy, over="pruned")
+    for directions in (GIVEN, (GIVEN,), (GIVEN, GIVEN, GIVEN), "random"):
+        with pytest.raises(ValueError, match="directions are a pair"):
+            loss_plane(model, data, F.cross_entropy, directions=directions)
     with pytest.raises(ValueError, match="about random directions"):
         loss_plane(model, data, F.cross_entropy, directions=(GIVEN, GIVEN), where="6")
     with pytest.raises(ValueError, match="one_dimensional=True"):

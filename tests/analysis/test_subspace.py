@@ -9,7 +9,7 @@ from torch.ao.pruning.sparsifier.utils import FakeSparsity
 from torch.nn.utils import parametrize, prune
 
 from sparsetweaks.analysis.lanczos import random_signs, random_vector
-from sparsetweaks.analysis.subspace import named_weights, new_seed, subspace
+from sparsetweaks.analysis.subspace import UnmaskedZerosWarning, named_weights, new_seed, subspace
 from sparsetweaks.copying import copy_model
 from sparsetweaks.masks import apply_masks, find_masks, lift_masks
 
@@ -74,6 +74,24 @@ def test_nothing_left_to_move():
     model = apply_masks(nn.Linear(3, 2, bias=False), {"weight": torch.zeros(2, 3, dtype=torch.bool)})
     with pytest.raises(ValueError, match="pruned"):
         subspace(model, lift_masks(model))
+
+
+def test_zeros_without_a_mask_are_told_with_what_to_call():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[1].weight[:3] = 0
+    message = (
+        r"108 of 180 prunable weights .* apply_masks\(model, find_masks\(model, zeros=True\)\).*over='all'"
+    )
+    with pytest.warns(UnmaskedZerosWarning, match=message) as caught:
+        assert subspace(model, {}).dimension == sum(p.numel() for p in model.parameters())
+    assert caught[0].filename == __file__
+    subspace(model, {}, over="all")  # where it makes no difference, nothing is said
+    masked = apply_masks(model, find_masks(model, zeros=True))
+    subspace(masked, lift_masks(masked))
+    partly = apply_masks(model, {"0.weight": torch.rand(4, 1, 3, 3) > 0.5})
+    with pytest.warns(UnmaskedZerosWarning, match="108 of 144"):
+        subspace(partly, lift_masks(partly))
 
 
 def test_a_tied_weight_is_one_coordinate_and_other_memory_formats_round_trip():
