@@ -88,11 +88,13 @@ class TopEigenvalues:
 
     Attributes:
         values: the eigenvalues, in the order that was asked for.
-        errors: for each value a bound on its error, from the residual |H v - value v|, and no less than the
-            rounding of the products.
+        errors: for each value how far some eigenvalue is from it at most, from the residual |H v - value v|, and no
+            less than the rounding of the products. It does not say which eigenvalue: see `converged`.
         vectors: for each value its eigenvector, of unit length, as a tensor for each parameter by name:
             exactly zero at pruned weights. `loss_line(direction=)` takes one.
-        converged: whether every error is within the tolerance.
+        converged: whether every error is within the tolerance, and the values are those asked for: that another
+            eigenvalue belongs among them, and lies further than the tolerance from each, has a chance of at most about
+            1 % over the random starts, for each such eigenvalue.
         work: where and at what cost.
         beside: the same over all weights, with `over="both"`.
     """
@@ -287,11 +289,13 @@ def hessian_top_eigenvalues(
 ) -> TopEigenvalues:
     """The top eigenvalues of the loss's Hessian over the kept weights, with vectors (paper 4.2, figure 2).
 
-    By Lanczos' method with full reorthogonalisation. It stops by a test of each residual r = |H v - value v|:
-    an eigenvalue lies within r of the value, and within r^2 / gap where the neighbours are far. So the
-    tolerance bounds the error of the values; a vector is then good to about the root of it. As with every
-    method that sets out from one vector, an eigenvalue that several directions share exactly is found once,
-    and one that the start hardly touches can be missed for its neighbour: a larger k makes that unlikely.
+    By Lanczos' method with full reorthogonalisation, from a random start. Two tests stop it. The residual
+    r = |H v - value v| says that some eigenvalue lies within r of the value, and within r^2 / gap where the
+    neighbours are far: so the tolerance bounds the error of each value, and a vector is good to about the root of
+    it. That no other eigenvalue belongs among the k, a residual cannot say. It follows from how little the newest
+    direction has grown: an eigenvalue that lies further than the tolerance from all values, and belongs among them,
+    is missed only where the start holds so little of its vector as one random start in a hundred does. What lies
+    closer together than the tolerance may be found once.
 
     Dropout is off. The model, its buffers, modes and gradients, and PyTorch's random state stay untouched.
     Besides the graph it holds up to 2 * k + 60 vectors of as many numbers as weights are kept.
@@ -311,8 +315,8 @@ def hessian_top_eigenvalues(
             `"both"`, side by side. All trainable parameters count, also of BatchNorm, and biases.
         where: glob pattern(s) on the names of parameters, or of the modules that hold them, to restrict it
             to; None for all.
-        tolerance: bound on the relative error of each value, > 0. Below about 1e-5, ask for
-            `dtype=torch.float64`: float32 products are no better than that.
+        tolerance: bound on the relative error of each value, > 0, and how far apart eigenvalues are told. Below
+            about 1e-5, ask for `dtype=torch.float64`: float32 products are no better than that.
         iterations: at most so many products, at least k. Where they do not suffice there is a
             `NotConvergedWarning`, and `converged` is False.
         batch_norm: `"eval"` normalises by the running statistics, `"train"` by each batch as it is given.
@@ -367,8 +371,8 @@ def hessian_top_eigenvalues(
         )
         if not found.converged:
             warn(
-                f"after {iterations} products an eigenvalue's error bound is still {max(found.errors):.2g}: raise "
-                "iterations, or tolerance",
+                f"after {iterations} products the bounds on the errors are up to {max(found.errors):.2g}, and larger "
+                "eigenvalues may be hidden: raise iterations, or tolerance",
                 NotConvergedWarning,
             )
         vectors = tuple(space.named(vector) for vector in found.vectors)
