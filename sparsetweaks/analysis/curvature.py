@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparsetweaks.analysis.evaluation import Batches, Loss, check_loss, chunk_loss
+from sparsetweaks.analysis.evaluation import Batches, Loss, check_cut, check_loss, chunk_loss
 from sparsetweaks.analysis.subspace import Subspace
 
 Gradient = Sequence[Tensor]
@@ -34,6 +34,7 @@ class Curvature:
         self.gradients_taken = 0
         self._network, self._parameters, self._batches, self._loss = network, list(parameters), batches, loss
         self._graphs: list[tuple[int, Gradient]] = []
+        check_cut(network, batches, loss)
         self.loss, self.gradient, self._examples = self._first_pass(keep_graph)
 
     def _first_pass(self, keep_graph: bool) -> tuple[float, list[Tensor], int]:

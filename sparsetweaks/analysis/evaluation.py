@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from sparsetweaks.calling import map_tensors, tensors
 from sparsetweaks.copying import check_model, copy_model
@@ -103,6 +104,8 @@ class Chunk(NamedTuple):
     targets: Any
     examples: int
     """How many examples it holds."""
+    left: int = 0
+    """How many of its batch come after it, in other chunks."""
 
 
 class Batches:
@@ -152,7 +155,7 @@ class Batches:
                 found = True
                 part = pair if size >= count else map_tensors(lambda t: t[start : start + size], pair)  # noqa: B023
                 inputs, targets = map_tensors(self._arrived, part)
-                yield Chunk(inputs, targets, min(size, count - start))
+                yield Chunk(inputs, targets, min(size, count - start), max(count - start - size, 0))
         if not found:
             raise ValueError("the data hold no batch: pass (inputs, targets), or an iterable of such pairs")
 
@@ -220,11 +223,15 @@ def run(model: nn.Module, chunk: Chunk) -> Any:
 
 def chunk_loss(model: nn.Module, chunk: Chunk, loss: Loss) -> Tensor:
     """The loss of one chunk, checked to be a scalar."""
+    return loss_of(loss, run(model, chunk), chunk.targets)
+
+
+def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
+    """The loss, checked to be a scalar."""
     if not callable(loss):
         raise ValueError(f"the loss must be a function of (outputs, targets), got {loss!r}")
-    outputs = run(model, chunk)
     try:
-        value = loss(outputs, chunk.targets)
+        value = loss(outputs, targets)
     except (RuntimeError, TypeError, IndexError) as error:
         raise ValueError(f"the loss fails on these outputs and targets: {error}") from error
     if not isinstance(value, Tensor) or value.ndim != 0 or not value.is_floating_point():
@@ -272,6 +279,49 @@ def mean_loss(model: nn.Module, batches: Batches, loss: Loss) -> float:
             total += chunk.examples * chunk_loss(model, chunk, loss).item()
             examples += chunk.examples
     return total / examples
+
+
+def check_cut(model: nn.Module, batches: Batches, loss: Loss) -> None:
+    """Refuse a loss whose value over a batch is not the mean over its chunks, where `chunk_size` cuts batches."""
+    if batches.chunk_size is None:
+        return
+    pairs: list[tuple[Any, Any]] = []
+    counts: list[int] = []
+    with torch.no_grad():
+        for chunk in batches:
+            if pairs or chunk.left:  # not a whole batch
+                pairs.append((run(model, chunk), chunk.targets))
+                counts.append(chunk.examples)
+            if pairs and not chunk.left:
+                _check_mean(pairs, counts, loss, batches.chunk_size)
+                pairs, counts = [], []
+
+
+def _check_mean(pairs: list[tuple[Any, Any]], counts: list[int], loss: Loss, chunk_size: int) -> None:
+    whole = loss_of(loss, *_joined(pairs, counts))
+    parts = sum(n * loss_of(loss, *pair).item() for n, pair in zip(counts, pairs, strict=True)) / sum(counts)
+    rounding = math.sqrt(torch.finfo(whole.dtype).eps)  # half of its digits
+    if abs(whole.item() - parts) > rounding * max(abs(whole.item()), abs(parts)):
+        raise ValueError(
+            f"with chunk_size={chunk_size} the loss would be {parts:.6g}, and over whole batches it is {whole.item():.6g}: "
+            "it is no mean over examples, as where classes have weights or a sum is taken. Leave chunk_size out, or give "
+            "one that is, such as cross_entropy(outputs, targets, weight=weight, reduction='sum') / len(targets)"
+        )
+
+
+def _joined(pairs: list[tuple[Any, Any]], counts: list[int]) -> Any:
+    """Outputs and targets of the chunks as those of the batch; what has no examples is as in the first."""
+    leaves = [pytree.tree_flatten(pair) for pair in pairs]
+    joined = [
+        torch.cat(column)
+        if all(
+            isinstance(each, Tensor) and each.shape[:1] == (n,)
+            for each, n in zip(column, counts, strict=True)
+        )
+        else column[0]
+        for column in zip(*(flat for flat, _ in leaves), strict=True)
+    ]
+    return pytree.tree_unflatten(joined, leaves[0][1])
 
 
 def check_loss(value: float) -> None:

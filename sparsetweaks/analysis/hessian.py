@@ -308,7 +308,8 @@ def hessian_top_eigenvalues(
             list or a `DataLoader` say, of any length: one batch is held at a time. The inputs are a tensor, or
             a tuple or mapping of them. Batches go to the model's device and precision.
         loss: of (outputs, targets), a scalar: the mean over the examples of a batch. Batches of different
-            sizes are weighted, so that the loss is the mean over all examples.
+            sizes are weighted, so that the loss is the mean over all examples. One that is no such mean (classes
+            have weights, say) is a mean over batches as they come, and is refused where `chunk_size` cuts them.
         k: how many, at least 1.
         which: `"largest"`, `"smallest"` (most negative) or largest `"magnitude"`.
         over: `"kept"` weights, `"all"` of them (as if nothing had been pruned, at the same point), or
@@ -321,8 +322,9 @@ def hessian_top_eigenvalues(
             `NotConvergedWarning`, and `converged` is False.
         batch_norm: `"eval"` normalises by the running statistics, `"train"` by each batch as it is given.
         dtype: to compute in; default the model's (float32 for half precision).
-        chunk_size: at most so many examples go through the network at once; default: batches as they come.
-            Not with `batch_norm="train"`, as cutting a batch changes its statistics.
+        chunk_size: at most so many examples go through the network at once; default: batches as they come. It
+            changes no result: one more pass over the data checks that of the loss, and with `batch_norm="train"` it
+            is refused, as cutting a batch changes its statistics.
         keep_graph: whether to build the gradient's graph once and keep it for all products, which saves a
             third of the time and takes memory for all the data. Default: only if the data are one pair and no
             `chunk_size` is given.
@@ -337,7 +339,7 @@ def hessian_top_eigenvalues(
     Raises:
         ValueError: an option out of range; nothing trainable, everything pruned, or fewer than k weights;
             weights or a loss that are not finite; data without a batch, or that do not fit; a loss that is
-            no scalar.
+            no scalar, or with `chunk_size` no mean over examples.
 
     Example:
         >>> _ = torch.manual_seed(0)

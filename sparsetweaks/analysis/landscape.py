@@ -21,6 +21,7 @@ from sparsetweaks.analysis.evaluation import (
     Data,
     Loss,
     Progress,
+    check_cut,
     check_loss,
     chunk_loss,
     is_pair,
@@ -544,11 +545,13 @@ def input_loss_plane(
         raise ValueError(f"a plane needs at least 2 elements per input, got shape {tuple(batch[0].shape)}")
     positions = _positions(radius, points)
     network = working_copy(model, batch_norm=batch_norm, dtype=dtype)
-    _check_cut(batch_norm, chunk_size)
+    _check_statistics(batch_norm, chunk_size)
     draw = generator or torch.Generator().manual_seed(0)
     with undisturbed(network):
-        chunks = list(Batches(batch, network, chunk_size=chunk_size))
-        around = [_input_directions(network, chunk, loss, directions, draw) for chunk in chunks]
+        batches = Batches(batch, network, chunk_size=chunk_size)
+        check_cut(network, batches, loss)
+        chunks = list(batches)
+        around = _input_directions(network, chunks, loss, directions, draw)
         losses: list[float] = []
         for y in positions:
             for x in positions:
@@ -570,20 +573,30 @@ def input_loss_plane(
 
 
 def _input_directions(
-    network: nn.Module, chunk: Chunk, loss: Loss, directions: str, draw: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    shape, flat = chunk.inputs.shape, chunk.inputs.reshape(-1)
+    network: nn.Module, chunks: list[Chunk], loss: Loss, directions: str, draw: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """Two directions for each chunk's inputs: the random ones are drawn for the whole batch, however it is cut."""
+    whole = torch.cat([chunk.inputs for chunk in chunks])
+    counts = [chunk.examples for chunk in chunks]
     if directions == "gradient":
-        inputs = chunk.inputs.clone().requires_grad_()
-        value = chunk_loss(network, chunk._replace(inputs=inputs * 1), loss)  # * 1: it may work in place
-        if not value.requires_grad:
-            raise ValueError("the loss has no gradient with respect to the inputs: use directions='random'")
-        (gradient,) = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
-        return gradient.sign(), random_signs(flat, draw).reshape(shape)
-    first, second = (random_vector(flat, draw).reshape(len(chunk.inputs), -1) for _ in range(2))
+        firsts = [_gradient_sign(network, chunk, loss) for chunk in chunks]
+        seconds = random_signs(whole.reshape(-1), draw).reshape(whole.shape).split(counts)
+        return list(zip(firsts, seconds, strict=True))
+    first, second = (random_vector(whole.reshape(-1), draw).reshape(len(whole), -1) for _ in range(2))
     first = _root_mean_square_of_one(first)
     second = _root_mean_square_of_one(second - (first * second).mean(dim=1, keepdim=True) * first)
-    return first.reshape(shape), second.reshape(shape)
+    return list(
+        zip(first.reshape(whole.shape).split(counts), second.reshape(whole.shape).split(counts), strict=True)
+    )
+
+
+def _gradient_sign(network: nn.Module, chunk: Chunk, loss: Loss) -> Tensor:
+    inputs = chunk.inputs.clone().requires_grad_()
+    value = chunk_loss(network, chunk._replace(inputs=inputs * 1), loss)  # * 1: it may work in place
+    if not value.requires_grad:
+        raise ValueError("the loss has no gradient with respect to the inputs: use directions='random'")
+    (gradient,) = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+    return gradient.sign()
 
 
 def _root_mean_square_of_one(rows: Tensor) -> Tensor:
@@ -621,7 +634,7 @@ class _Terrain:
     ) -> None:
         if batch_norm not in ("eval", "train", "reestimate"):
             raise ValueError(f"batch_norm must be 'eval', 'train' or 'reestimate', got {batch_norm!r}")
-        _check_cut(batch_norm, chunk_size)
+        _check_statistics(batch_norm, chunk_size)
         self.reestimates = batch_norm == "reestimate"
         self.network = working_copy(model, batch_norm="eval" if self.reestimates else batch_norm, dtype=dtype)
         self.masks = lift_masks(self.network)
@@ -633,6 +646,7 @@ class _Terrain:
         found: list[float] = []
         with undisturbed(self.network):
             batches = Batches(self._data, self.network, chunk_size=self._chunk_size)
+            check_cut(self.network, batches, self._loss)
             check_loss(mean_loss(self.network, batches, self._loss))
             held = _tensors_of(self.network)
             for state in states:
@@ -709,7 +723,7 @@ def _check_fixed(first: nn.Module, second: nn.Module) -> None:
             )
 
 
-def _check_cut(batch_norm: str, chunk_size: int | None) -> None:
+def _check_statistics(batch_norm: str, chunk_size: int | None) -> None:
     if chunk_size is not None and batch_norm != "eval":
         raise ValueError(
             f"chunk_size cuts batches, which changes the statistics that batch_norm={batch_norm!r} uses: pass the "

@@ -170,6 +170,32 @@ def test_wrong_losses(each_by_loss, loss, message):
     refused(each_by_loss, message, loss=loss)
 
 
+CUT = {
+    "hessian_top_eigenvalues": analysis.hessian_top_eigenvalues,
+    "hessian_trace": lambda *given, **by: analysis.hessian_trace(*given, probes=2, **by),
+    "hessian_density": lambda *given, **by: analysis.hessian_density(*given, probes=1, steps=3, **by),
+    "flatness": lambda *given, **by: analysis.flatness(*given, probes=2, points=3, **by),
+    "loss_line": lambda *given, **by: analysis.loss_line(*given, direction=ALONG, points=3, **by),
+    "loss_plane": lambda *given, **by: analysis.loss_plane(*given, points=3, **by),
+    "input_loss_plane": lambda *given, **by: analysis.input_loss_plane(*given, points=3, **by),
+    "gradient_flow": analysis.gradient_flow,
+}
+
+
+@pytest.mark.parametrize("analyse", CUT.values(), ids=CUT)
+def test_a_result_does_not_depend_on_the_chunk_size(analyse):
+    numbers = lambda found: [v for row in found.table() for v in row.values() if isinstance(v, float)]
+    weight = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    mean = lambda outputs, targets: F.cross_entropy(outputs, targets, weight, reduction="sum") / len(targets)
+    whole = numbers(analyse(network(), DATA, mean, dtype=torch.float64))
+    for chunk_size in (1, 4, 6):
+        cut = analyse(network(), DATA, mean, dtype=torch.float64, chunk_size=chunk_size)
+        assert numbers(cut) == pytest.approx(whole, rel=1e-6, abs=1e-12)
+    with pytest.raises(ValueError, match="no mean over examples"):
+        by_batch = nn.CrossEntropyLoss(weight)
+        analyse(network(), DATA, by_batch, dtype=torch.float64, chunk_size=4)
+
+
 def test_targets_out_of_range(each_by_loss):
     refused(each_by_loss, "the loss fails on these outputs and targets", data=(INPUTS, TARGETS + 5))
     with pytest.raises(ValueError, match="class numbers from 0 to 2"):

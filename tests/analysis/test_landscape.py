@@ -370,7 +370,7 @@ def test_a_plane_of_given_directions():
     assert plane.rise == max(map(max, plane.losses)) - plane.center
 
 
-@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize("chunk_size", [None, 1, 7, 20])
 @pytest.mark.parametrize("directions", ["random", "gradient"])
 def test_an_input_plane(directions, chunk_size):
     model = masked()
@@ -388,26 +388,24 @@ def test_an_input_plane(directions, chunk_size):
     inputs, targets = batch()
     firsts, seconds = [], []
     network = copy_model(model).eval()
-    for part, labels in zip(inputs.split(chunk_size or 20), targets.split(chunk_size or 20), strict=True):
-        if directions == "gradient":
-            leaf = part.clone().requires_grad_()
-            F.cross_entropy(network(leaf), labels).backward()
-            firsts.append(leaf.grad.sign())
-            seconds.append(
-                torch.randint(2, (part.numel(),), generator=generator).reshape(part.shape) * 2.0 - 1
-            )
-            continue
+    if directions == "gradient":
+        leaf = inputs.clone().requires_grad_()
+        F.cross_entropy(network(leaf), targets).backward()
+        firsts.append(leaf.grad.sign())
+        seconds.append(
+            torch.randint(2, (inputs.numel(),), generator=generator).reshape(inputs.shape) * 2.0 - 1
+        )
+    else:
         one, two = (
-            torch.randn(part.numel(), generator=generator, dtype=torch.float64).reshape(part.shape)
+            torch.randn(inputs.numel(), generator=generator, dtype=torch.float64).reshape(20, -1)
             for _ in range(2)
         )
-        for number in range(len(part)):
-            basis, _ = torch.linalg.qr(torch.stack([one[number].reshape(-1), two[number].reshape(-1)], dim=1))
-            signs = torch.sign(
-                (basis * torch.stack([one[number].reshape(-1), two[number].reshape(-1)], 1)).sum(0)
-            )
-            firsts.append((5 * signs[0] * basis[:, 0]).reshape(1, 1, 5, 5))  # the root of 25 elements
-            seconds.append((5 * signs[1] * basis[:, 1]).reshape(1, 1, 5, 5))
+        for pair in zip(one, two, strict=True):
+            drawn = torch.stack(pair, dim=1)
+            basis, _ = torch.linalg.qr(drawn)
+            turned = 5 * basis * torch.sign((basis * drawn).sum(0))  # 5: the root of 25 elements
+            firsts.append(turned[:, 0].reshape(1, 1, 5, 5))
+            seconds.append(turned[:, 1].reshape(1, 1, 5, 5))
     first, second = torch.cat(firsts), torch.cat(seconds)
     for y, row in zip(plane.ys, plane.losses, strict=True):
         for x, value in zip(plane.xs, row, strict=True):
