@@ -84,9 +84,7 @@ class Curvature:
             if not value.requires_grad:
                 raise ValueError("the loss does not depend on any trainable parameter: was it detached?")
             check_loss(value.item())
-            gradient = torch.autograd.grad(
-                value, self._parameters, create_graph=graph, allow_unused=True, materialize_grads=True
-            )
+            gradient = _differentiated([value], self._parameters, None, create_graph=graph)
             yield chunk.examples, value.item(), gradient
 
     def _differentiate(self, gradient: Gradient, direction: Gradient, *, keep: bool) -> Gradient:
@@ -94,6 +92,18 @@ class Curvature:
         if not pairs:  # the loss is linear in every parameter
             return [torch.zeros_like(parameter.detach()) for parameter in self._parameters]
         outputs, along = zip(*pairs, strict=True)
+        return _differentiated(outputs, self._parameters, along, retain_graph=keep)
+
+
+def _differentiated(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], along: Sequence[Tensor] | None, **options: bool
+) -> Gradient:
+    try:
         return torch.autograd.grad(
-            outputs, self._parameters, along, retain_graph=keep, allow_unused=True, materialize_grads=True
+            outputs, inputs, along, allow_unused=True, materialize_grads=True, **options
         )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        which = "a first" if along is None else "a second"
+        raise ValueError(f"the network or the loss has no derivative here, {which} one: {error}") from error

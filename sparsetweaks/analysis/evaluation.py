@@ -15,15 +15,17 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from sparsetweaks.analysis.options import check_choice, check_dtype, check_whole
 from sparsetweaks.calling import map_tensors, tensors
 from sparsetweaks.copying import check_model, copy_model
 
 Batch = tuple[Any, Any]
 Data = Batch | Iterable[Batch]
 Loss = Callable[[Any, Any], Tensor]
-Progress = Callable[[int, int], None]
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_MISTAKES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+"""What code that is given here raises on what it cannot take."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -39,10 +41,8 @@ def working_copy(
     and buffers in bfloat16 and float16 become float32, or all floating-point ones `dtype`.
     """
     check_values(model)
-    if batch_norm not in ("eval", "train"):
-        raise ValueError(
-            f"batch_norm must be 'eval' (running statistics) or 'train' (the batch's), got {batch_norm!r}"
-        )
+    check_choice("batch_norm", batch_norm, ("eval", "train"))
+    check_dtype(dtype)
     with torch.inference_mode(False):  # within it tensors could not be differentiated by
         copied = copy_model(model).eval()
     if batch_norm == "train":
@@ -118,8 +118,8 @@ class Batches:
     """
 
     def __init__(self, data: Data, model: nn.Module, *, chunk_size: int | None = None) -> None:
-        if chunk_size is not None and (chunk_size != int(chunk_size) or chunk_size < 1):
-            raise ValueError(f"chunk_size must be a whole number of examples, at least 1, got {chunk_size}")
+        if chunk_size is not None:
+            check_whole("chunk_size", chunk_size)
         if isinstance(data, (Tensor, str, bytes, Mapping)) or not isinstance(data, Iterable):
             raise ValueError(
                 f"data must be (inputs, targets) or an iterable of such pairs, got a {type(data).__name__}"
@@ -216,7 +216,7 @@ def run(model: nn.Module, chunk: Chunk) -> Any:
         return call(model, chunk.inputs)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, IndexError) as error:
+    except _MISTAKES as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(chunk.inputs))
         raise ValueError(f"the model fails on these inputs (shape {shapes}): {error}") from error
 
@@ -232,7 +232,9 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
         raise ValueError(f"the loss must be a function of (outputs, targets), got {loss!r}")
     try:
         value = loss(outputs, targets)
-    except (RuntimeError, TypeError, IndexError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _MISTAKES as error:
         raise ValueError(f"the loss fails on these outputs and targets: {error}") from error
     if not isinstance(value, Tensor) or value.ndim != 0 or not value.is_floating_point():
         got = (

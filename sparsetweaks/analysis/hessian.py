@@ -20,7 +20,6 @@ from sparsetweaks.analysis.evaluation import (
     Batches,
     Data,
     Loss,
-    Progress,
     table_text,
     undisturbed,
     warn,
@@ -28,6 +27,15 @@ from sparsetweaks.analysis.evaluation import (
 )
 from sparsetweaks.analysis.figures import COLORS, label, new_figure
 from sparsetweaks.analysis.lanczos import WHICH, quadrature, random_signs, random_vector, top_eigenpairs
+from sparsetweaks.analysis.options import (
+    Progress,
+    check_choice,
+    check_flag,
+    check_positive,
+    check_progress,
+    check_whole,
+    generator_of,
+)
 from sparsetweaks.analysis.subspace import Subspace, Where, new_seed, subspace
 from sparsetweaks.masks import lift_masks
 
@@ -351,12 +359,11 @@ def hessian_top_eigenvalues(
         >>> list(top.vectors[0])
         ['0.bias', '0.weight', '2.bias', '2.weight']
     """
-    _check_whole("k", k)
-    _check_whole("iterations", iterations, least=k)
-    if which not in WHICH:
-        raise ValueError(f"which must be one of {', '.join(map(repr, WHICH))}, got {which!r}")
-    if not (0 < tolerance < math.inf):
-        raise ValueError(f"tolerance must be positive, got {tolerance}")
+    check_whole("k", k)
+    check_whole("iterations", iterations, least=k)
+    check_choice("which", which, WHICH)
+    check_positive("tolerance", tolerance)
+    check_progress(progress)
 
     def analyse(curvature: Curvature, space: Subspace, draw: torch.Generator) -> _Eigen:
         if k > space.dimension:
@@ -431,7 +438,8 @@ def hessian_trace(
         >>> trace.value, trace.standard_error
         (2.0, 0.0)
     """
-    _check_whole("probes", probes, least=2)
+    check_whole("probes", probes, least=2)
+    check_progress(progress)
 
     def analyse(curvature: Curvature, space: Subspace, draw: torch.Generator) -> list[float]:
         samples = list[float]()
@@ -503,11 +511,12 @@ def hessian_density(
         >>> round(spacing * sum(density.density), 3)
         1.0
     """
-    _check_whole("probes", probes)
-    _check_whole("steps", steps)
-    _check_whole("grid", grid, least=2)
-    if width is not None and not (0 < width < math.inf):
-        raise ValueError(f"width must be positive, got {width}")
+    check_whole("probes", probes)
+    check_whole("steps", steps)
+    check_whole("grid", grid, least=2)
+    if width is not None:
+        check_positive("width", width)
+    check_progress(progress)
 
     def analyse(curvature: Curvature, space: Subspace, draw: torch.Generator) -> list[tuple[Tensor, Tensor]]:
         return [
@@ -570,15 +579,16 @@ def _by_space(
     analyse: Callable[[Curvature, Subspace, torch.Generator], Result],
 ) -> list[tuple[Result, Work]]:
     """What `analyse` finds over the kept weights, over all, or over each."""
-    if setting.over not in ("kept", "all", "both"):
-        raise ValueError(f"over must be 'kept', 'all' or 'both', got {setting.over!r}")
+    check_choice("over", setting.over, ("kept", "all", "both"))
+    if setting.keep_graph is not None:
+        check_flag("keep_graph", setting.keep_graph)
     if setting.chunk_size is not None and setting.batch_norm == "train":
         raise ValueError(
             "chunk_size cuts batches, which changes the statistics that batch_norm='train' uses: pass the data "
             "in smaller batches instead"
         )
     network = working_copy(model, batch_norm=setting.batch_norm, dtype=setting.dtype)
-    draw = setting.generator or torch.Generator().manual_seed(0)
+    draw = generator_of(setting.generator)
     found: list[tuple[Result, Work]] = []
     with undisturbed(network):
         masks = lift_masks(network)
@@ -609,8 +619,3 @@ def _by_space(
 def _beside(results: list[Any]) -> Any:
     """One result, with the one over all weights beside it."""
     return results[0] if len(results) == 1 else replace(results[0], beside=results[1])
-
-
-def _check_whole(name: str, value: int, *, least: int = 1) -> None:
-    if value != int(value) or value < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}, got {value}")

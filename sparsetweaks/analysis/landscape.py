@@ -20,7 +20,6 @@ from sparsetweaks.analysis.evaluation import (
     Chunk,
     Data,
     Loss,
-    Progress,
     check_cut,
     check_loss,
     chunk_loss,
@@ -34,6 +33,16 @@ from sparsetweaks.analysis.evaluation import (
 from sparsetweaks.analysis.figures import COLORS, SURFACE_COLORS, label, new_figure
 from sparsetweaks.analysis.hessian import TopEigenvalues
 from sparsetweaks.analysis.lanczos import random_signs, random_vector
+from sparsetweaks.analysis.options import (
+    Progress,
+    check_choice,
+    check_flag,
+    check_odd,
+    check_positive,
+    check_progress,
+    check_whole,
+    generator_of,
+)
 from sparsetweaks.analysis.subspace import Where, check_zeros, named_weights, new_seed, subspace
 from sparsetweaks.forms import masked_places
 from sparsetweaks.masks import lift_masks
@@ -315,10 +324,9 @@ def loss_line(
         raise ValueError(
             "radius and scale belong to a direction: between two networks positions run from 0 to 1"
         )
-    if scale not in ("plain", "filter"):
-        raise ValueError(f"scale must be 'plain' (unit length) or 'filter', got {scale!r}")
-    if masks not in ("union", "intersection"):
-        raise ValueError(f"masks must be 'union' or 'intersection', got {masks!r}")
+    check_choice("scale", scale, ("plain", "filter"))
+    check_choice("masks", masks, ("union", "intersection"))
+    check_progress(progress)
     if to is None and masks != "union":
         raise ValueError("masks= is about two networks: a direction is taken as it is")
     terrain = _Terrain(model, data, loss, batch_norm, dtype, chunk_size)
@@ -347,8 +355,7 @@ def _line_between(
     dtype: torch.dtype | None,
     progress: Progress | None,
 ) -> LossLine:
-    if points != int(points) or points < 2:
-        raise ValueError(f"points must be a whole number, at least 2, got {points}")
+    check_whole("points", points, least=2)
     second = working_copy(other, dtype=dtype)
     lifted = [(terrain.network, terrain.masks), (second, lift_masks(second))]
     for network, own in lifted:
@@ -362,7 +369,7 @@ def _line_between(
         for end in ends:
             for name, mask in [*kept[0].items(), *kept[1].items()]:
                 end[name] = end[name] * mask.to(end[name].device)
-    positions = torch.linspace(0, 1, int(points), dtype=torch.float64).tolist()
+    positions = torch.linspace(0, 1, points, dtype=torch.float64).tolist()
     states = ({name: _between(end, ends[1][name], t) for name, end in ends[0].items()} for t in positions)
     losses = terrain.losses(states, len(positions), progress)
     return LossLine(
@@ -445,14 +452,14 @@ def loss_plane(
         >>> round(plane.center, 4) == round(nn.functional.cross_entropy(model(batch[0]), batch[1]).item(), 4)
         True
     """
-    if over not in ("kept", "all", "both"):
-        raise ValueError(f"over must be 'kept', 'all' or 'both', got {over!r}")
-    if scale not in ("plain", "filter"):
-        raise ValueError(f"scale must be 'plain' (unit length) or 'filter', got {scale!r}")
+    check_choice("over", over, ("kept", "all", "both"))
+    check_flag("one_dimensional", one_dimensional)
+    check_progress(progress)
+    check_choice("scale", scale, ("plain", "filter"))
     positions = _positions(radius, points)
     terrain = _Terrain(model, data, loss, batch_norm, dtype, chunk_size)
     if directions is None:
-        draw = generator or torch.Generator().manual_seed(0)
+        draw = generator_of(generator)
         seeds = new_seed(draw), new_seed(draw)
         pairs = {
             each: terrain.random_directions(each, where, one_dimensional, seeds)
@@ -531,10 +538,8 @@ def input_loss_plane(
         >>> plane.losses[1][0] < plane.losses[1][1] < plane.losses[1][2]
         True
     """
-    if directions not in ("random", "gradient"):
-        raise ValueError(f"directions must be 'random' or 'gradient', got {directions!r}")
-    if batch_norm not in ("eval", "train"):
-        raise ValueError(f"batch_norm must be 'eval' or 'train', got {batch_norm!r}")
+    check_choice("directions", directions, ("random", "gradient"))
+    check_progress(progress)
     if not is_pair(batch):
         raise ValueError("batch must be one pair (inputs, targets): the plane lies around these inputs")
     if not (isinstance(batch[0], Tensor) and batch[0].is_floating_point()):
@@ -546,7 +551,7 @@ def input_loss_plane(
     positions = _positions(radius, points)
     network = working_copy(model, batch_norm=batch_norm, dtype=dtype)
     _check_statistics(batch_norm, chunk_size)
-    draw = generator or torch.Generator().manual_seed(0)
+    draw = generator_of(generator)
     with undisturbed(network):
         batches = Batches(batch, network, chunk_size=chunk_size)
         check_cut(network, batches, loss)
@@ -632,8 +637,7 @@ class _Terrain:
         dtype: torch.dtype | None,
         chunk_size: int | None,
     ) -> None:
-        if batch_norm not in ("eval", "train", "reestimate"):
-            raise ValueError(f"batch_norm must be 'eval', 'train' or 'reestimate', got {batch_norm!r}")
+        check_choice("batch_norm", batch_norm, ("eval", "train", "reestimate"))
         _check_statistics(batch_norm, chunk_size)
         self.reestimates = batch_norm == "reestimate"
         self.network = working_copy(model, batch_norm="eval" if self.reestimates else batch_norm, dtype=dtype)
@@ -733,11 +737,9 @@ def _check_statistics(batch_norm: str, chunk_size: int | None) -> None:
 
 def _positions(radius: float, points: int) -> list[float]:
     """Evenly from -radius to radius, 0 among them."""
-    if not (0 < radius < math.inf):
-        raise ValueError(f"radius must be positive, got {radius}")
-    if points != int(points) or points < 3 or points % 2 == 0:
-        raise ValueError(f"points must be an odd number, at least 3, so that 0 is among them, got {points}")
-    half = int(points) // 2
+    check_positive("radius", radius)
+    check_odd("points", points)
+    half = points // 2
     return [radius * step / half for step in range(-half, half + 1)]
 
 
@@ -753,6 +755,8 @@ def _fitting(direction: Direction, terrain: _Terrain) -> Weights:
     for name, part in direction.items():
         if name not in weights:
             raise ValueError(f"the direction moves {name!r}, which is no parameter of the network")
+        if not isinstance(part, Tensor):
+            raise ValueError(f"the direction holds a {type(part).__name__} at {name!r}: give a tensor")
         if part.shape != weights[name].shape:
             raise ValueError(
                 f"the direction has shape {tuple(part.shape)} at {name!r}, but its weight {tuple(weights[name].shape)}"

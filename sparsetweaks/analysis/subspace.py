@@ -144,7 +144,11 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def _select(parameters: dict[str, nn.Parameter], where: Where) -> dict[str, nn.Parameter]:
     if where is None:
         return parameters
-    patterns = [where] if isinstance(where, str) else list(where)
+    patterns = [where] if isinstance(where, str) else where
+    if not (isinstance(patterns, Iterable) and (patterns := list(patterns))) or not all(
+        isinstance(pattern, str) for pattern in patterns
+    ):
+        raise ValueError(f"where must be a glob pattern on names, a list of such, or None, got {where!r}")
     chosen = set()
     for pattern in patterns:
         names = {name for name in parameters if any(fnmatchcase(part, pattern) for part in _around(name))}
