@@ -32,6 +32,7 @@ class Curvature:
     ) -> None:
         self.products_taken = 0
         self.gradients_taken = 0
+        self._twice = False  # whether the graph was seen to have second derivatives
         self._network, self._parameters, self._batches, self._loss = network, list(parameters), batches, loss
         self._graphs: list[tuple[int, Gradient]] = []
         check_cut(network, batches, loss)
@@ -85,6 +86,9 @@ class Curvature:
                 raise ValueError("the loss does not depend on any trainable parameter: was it detached?")
             check_loss(value.item())
             gradient = _differentiated([value], self._parameters, None, create_graph=graph)
+            if graph and not self._twice:
+                _check_twice(gradient)
+                self._twice = True
             yield chunk.examples, value.item(), gradient
 
     def _differentiate(self, gradient: Gradient, direction: Gradient, *, keep: bool) -> Gradient:
@@ -93,6 +97,23 @@ class Curvature:
             return [torch.zeros_like(parameter.detach()) for parameter in self._parameters]
         outputs, along = zip(*pairs, strict=True)
         return _differentiated(outputs, self._parameters, along, retain_graph=keep)
+
+
+def _check_twice(gradient: Gradient) -> None:
+    """Refuse a graph with a function that is marked `once_differentiable`: torch passes over it, as if it were constant."""
+    seen = set()
+    left = [part.grad_fn for part in gradient]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [before for before, _ in node.next_functions]
+        if node.name() == "torch::autograd::Error":
+            raise ValueError(
+                "the network or the loss holds a function that can be differentiated only once (once_differentiable): it "
+                "has no Hessian that could be computed. Replace it by torch's own operations"
+            )
 
 
 def _differentiated(

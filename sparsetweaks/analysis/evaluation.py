@@ -166,6 +166,8 @@ class Batches:
             raise ValueError(f"the inputs must be tensors, or hold them, got a {type(pair[0]).__name__}")
         if any(tensor.ndim == 0 for tensor in inputs):
             raise ValueError("the inputs must have a first dimension of examples, got a tensor without any")
+        if any(tensor.is_meta for tensor in tensors(pair)):
+            raise ValueError("a batch is on the meta device and has no values: load the data first")
         count = len(inputs[0])
         if count == 0:
             raise ValueError("a batch holds no example")

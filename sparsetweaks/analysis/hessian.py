@@ -51,6 +51,7 @@ DENSITY_PROBES = 4
 STEPS = 80  # of each probe; Ghorbani et al. (2019) have 90
 GRID = 1024
 WIDTH_OF_RANGE = 0.01
+DECADES = 100  # a larger ratio of eigenvalues is drawn logarithmically
 BLOCK = 8  # probes that share one pass over the data
 
 
@@ -128,7 +129,7 @@ class TopEigenvalues:
         return "\n".join([*lines, note + table_text(self.table())])
 
     def plot(self) -> Figure:
-        """Bars of the eigenvalues by their number, with the bounds on their errors."""
+        """Bars of the eigenvalues by their number, with the bounds on their errors; logarithmic over decades of size."""
         figure, axes = new_figure()
         shown = [self, *([self.beside] if self.beside else [])]
         for index, (each, color) in enumerate(zip(shown, COLORS, strict=False)):
@@ -136,9 +137,13 @@ class TopEigenvalues:
             places = [n + 1 + (index - (len(shown) - 1) / 2) * width for n in range(len(each.values))]
             axes.bar(places, each.values, width, yerr=each.errors, color=color, label=_space_label(each.work))
         axes.set_xticks(range(1, len(self.values) + 1))
-        axes.axhline(0, color="black", linewidth=0.8)
+        values = [value for each in shown for value in each.values]
+        if 0 < DECADES * min(values) < max(values):
+            axes.set_yscale("log")
+        else:
+            axes.axhline(0, color="black", linewidth=0.8)
         axes.legend()
-        label(axes, x="number of the eigenvalue", y="eigenvalue of the loss's Hessian")
+        label(axes, x="number of the eigenvalue", y="eigenvalue of the loss's Hessian (loss / weight²)")
         return figure
 
 

@@ -542,8 +542,11 @@ def input_loss_plane(
     check_progress(progress)
     if not is_pair(batch):
         raise ValueError("batch must be one pair (inputs, targets): the plane lies around these inputs")
-    if not (isinstance(batch[0], Tensor) and batch[0].is_floating_point()):
-        raise ValueError("the inputs must be one floating-point tensor, as others cannot be moved a little")
+    inputs = batch[0]
+    if not (isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.layout == torch.strided):
+        raise ValueError(
+            "the inputs must be one floating-point tensor, and no sparse one, as others cannot be moved a little"
+        )
     if batch[0].ndim > 0 and len(batch[0]) == 0:
         raise ValueError("a batch holds no example")
     if batch[0].ndim < 2 or batch[0][:1].numel() < 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -397,6 +398,17 @@ def test_results_print_plot_and_turn_into_tables():
     assert [row["number"] for row in results[0].table()] == [1, 2, 1, 2]
     dense = hessian_trace(case("mlp", "dense")[0], batch, F.cross_entropy, probes=2)
     assert "the model has no masks" in str(dense)
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"), [((50.0, 0.1), "log"), ((5.0, 0.1), "linear"), ((50.0, -0.1), "linear")]
+)
+def test_eigenvalues_over_decades_are_drawn_logarithmically(values, scale):
+    model, _, _, batch = case("mlp")
+    top = hessian_top_eigenvalues(model, batch, F.cross_entropy, k=2)
+    (axes,) = replace(top, values=values).plot().axes
+    assert axes.get_yscale() == scale
+    assert "loss / weight²" in axes.get_ylabel()
 
 
 @pytest.mark.parametrize(

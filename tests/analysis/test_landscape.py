@@ -522,7 +522,7 @@ GIVEN = {"6.bias": torch.ones(3)}
         ({"to": nn.Linear(1, 1), "points": 1}, "at least 2"),
         ({"direction": GIVEN, "masks": "intersection"}, "masks= is about two networks"),
         ({"direction": GIVEN, "masks": "both"}, "'union' or 'intersection'"),
-        ({"direction": GIVEN, "scale": "layer"}, "'plain' .* or 'filter'"),
+        ({"direction": GIVEN, "scale": "layer"}, "'plain' or 'filter'"),
         ({"direction": GIVEN, "points": 4}, "odd number"),
         ({"direction": GIVEN, "radius": -1.0}, "radius must be positive"),
         ({"direction": GIVEN, "batch_norm": "none"}, "'eval', 'train' or 'reestimate'"),
