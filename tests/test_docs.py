@@ -126,6 +126,37 @@ def test_the_tests_see_what_is_wrong(tmp_path, monkeypatch):
         test_every_name_that_is_linked_or_documented_is_there(page)
 
 
+def said_with_references(function: object, module: object) -> str:
+    """A docstring, and those of the functions that it says its arguments are as in, and so on."""
+    text, left, read = "", [function], set()
+    while left:
+        said = inspect.getdoc(left.pop()) or ""
+        text += said
+        for name in set(re.findall(r"\bas in\s+`(\w+)`", said)) - read:
+            read.add(name)
+            left.append(getattr(module, name))
+    return text
+
+
+def test_what_is_said_elsewhere_counts_where_it_is_referred_to():
+    class Package:
+        def first(data):
+            """Args: data."""
+
+        def second(data, loss):
+            """Args: data: as in
+            `first`."""
+
+        def third(data, loss):
+            """Args: loss, as in `second`."""
+
+    assert "Args: data." in said_with_references(Package.third, Package)
+    assert not re.search(r"\bloss\b", said_with_references(Package.second, Package))
+    Package.second.__doc__ = "Args: as in `nowhere`."
+    with pytest.raises(AttributeError, match="nowhere"):
+        said_with_references(Package.third, Package)
+
+
 @pytest.mark.parametrize("package", ["sparsetweaks", "sparsetweaks.analysis"])
 def test_every_public_function_says_what_it_takes_gives_and_refuses(package):
     module = importlib.import_module(package)
@@ -135,8 +166,9 @@ def test_every_public_function_says_what_it_takes_gives_and_refuses(package):
             continue
         said = inspect.getdoc(function) or ""
         given = set(inspect.signature(function).parameters) - {"model"}
-        for parameter in given if "as in" not in said else ():
-            assert re.search(rf"\b{parameter}\b", said), f"{name} does not say what {parameter} is"
+        explained = said_with_references(function, module)
+        for parameter in given:
+            assert re.search(rf"\b{parameter}\b", explained), f"{name} does not say what {parameter} is"
         returns = inspect.signature(function).return_annotation
         assert "Returns:" in said or returns in ("None", "Iterator[None]"), (
             f"{name} does not say what it returns"

@@ -37,7 +37,7 @@ FLOORS = (
     ["recipe.layer_scales", "cost", "budgets"],
     ["verifying"],
     ["tweaks"],
-    ["analysis.shown"],
+    ["analysis.shown", "analysis.options"],
     ["analysis.evaluation", "analysis.figures", "analysis.subspace"],
     ["analysis.activations", "analysis.calibration", "analysis.collapse"],
     ["analysis.curvature", "analysis.lanczos"],

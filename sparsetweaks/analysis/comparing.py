@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,11 @@ from sparsetweaks.analysis.evaluation import Batches, Data, Loss, check_values, 
 from sparsetweaks.analysis.figures import COLORS, new_figure
 from sparsetweaks.analysis.flatness import Flatness, flatness
 from sparsetweaks.analysis.gradient_flow import GradientFlow, gradient_flow
+from sparsetweaks.analysis.options import Progress, check_progress
+from sparsetweaks.analysis.subspace import check_zeros
 from sparsetweaks.copying import check_model
 from sparsetweaks.counting import sparsity
+from sparsetweaks.masks import masks_by_parameter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,13 +134,15 @@ def compare(
     threshold: float = THRESHOLD,
     batch_norm: str = "eval",
     chunk_size: int | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Look at two or more networks in the same way, on the same data (paper, sections 3 and 4).
 
     Compare networks of equal numbers of non-zeros: that number stands first.
 
     Args:
-        models: by a name of yours, such as `{"vanilla": ticket, "tweaked": tweaked}`. None is changed.
+        models: by a name of yours, such as `{"vanilla": ticket, "tweaked": tweaked}`, each a network of its own. None is
+            changed.
         data: one pair (inputs, targets), or an iterable of them.
         loss: maps (outputs, targets) to the mean loss of a batch, a scalar.
         analyses: which: `"paths"` (`layer_collapse`), `"activations"` (`activation_sparsity`), `"gradient"`
@@ -145,13 +151,14 @@ def compare(
         threshold: of `activation_sparsity`.
         batch_norm: `"eval"` for the running statistics or `"train"` for the batch's.
         chunk_size: how many examples of a batch to run at once; None for all.
+        progress: called after each analysis of each network with (analyses so far, all).
 
     Returns:
         The results of each network, whole and as rows of one table.
 
     Raises:
-        ValueError: no model, or an unknown analysis; and whatever an analysis raises, with the network's name before it
-            and how to leave that analysis out behind it.
+        ValueError: no model, one model under two names, or an unknown analysis; and whatever an analysis raises, with
+            the network's name before it and how to leave that analysis out behind it.
 
     Example:
         >>> import torch, sparsetweaks as st
@@ -166,19 +173,43 @@ def compare(
         raise ValueError(
             'models must be a mapping of names to models, such as {"before": model, "after": tweaked}'
         )
+    _check_apart(models)
     known = (*ANALYSES, "flatness")
-    wanted = (analyses,) if isinstance(analyses, str) else tuple(analyses)
+    wanted = (
+        (analyses,) if isinstance(analyses, str) or not isinstance(analyses, Iterable) else tuple(analyses)
+    )
     if unknown := [each for each in wanted if each not in known]:
         raise ValueError(f"unknown analyses {unknown}: choose from {list(known)}")
+    check_progress(progress)
     options: dict[str, Any] = {"batch_norm": batch_norm, "chunk_size": chunk_size}
+    taken = itertools.count(1)
+
+    def on_analysis() -> None:
+        if progress:
+            progress(next(taken), len(models) * len(set(wanted)))
+
     networks = {}
     for name, model in models.items():
-        check_model(model)
         try:
-            networks[name] = _look(model, data, loss, wanted, threshold, options)
+            networks[name] = _look(model, data, loss, wanted, threshold, options, on_analysis)
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from error
     return Comparison(networks)
+
+
+def _check_apart(models: Mapping[str, nn.Module]) -> None:
+    """Refuse two names for one network, which training in place makes of a before and an after."""
+    names: dict[nn.Module, str] = {}
+    for name, model in models.items():
+        check_model(model)
+        if not isinstance(name, str):
+            raise ValueError(f"the names of networks must be text, got {name!r}")
+        if model in names:
+            raise ValueError(
+                f"{names[model]!r} and {name!r} are one and the same network: compare copies, taken before what is to "
+                "make the difference (sparsetweaks.copy_model)"
+            )
+        names[model] = name
 
 
 def _look(
@@ -188,8 +219,10 @@ def _look(
     wanted: tuple[str, ...],
     threshold: float,
     options: dict[str, Any],
+    on_analysis: Callable[[], None],
 ) -> Looked:
     check_values(model)
+    check_zeros(model, masks_by_parameter(model))
     report = sparsity(model)
     found: dict[str, Any] = {}
     example = _one_example(model, data)  # what is wrong with the data is no single analysis's
@@ -208,6 +241,7 @@ def _look(
                 others = tuple(each for each in wanted if each != name)
                 hint = f" (by {name!r}, which analyses={others} leaves out)" if others else ""
                 raise ValueError(f"{error}{hint}") from error
+            on_analysis()
     return Looked(report.parameters_kept + report.added_kept, report.overall, **found)
 
 

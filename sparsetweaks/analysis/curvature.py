@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparsetweaks.analysis.evaluation import Batches, Loss, check_loss, chunk_loss
+from sparsetweaks.analysis.evaluation import Batches, Loss, check_cut, check_loss, chunk_loss
 from sparsetweaks.analysis.subspace import Subspace
 
 Gradient = Sequence[Tensor]
@@ -32,8 +32,10 @@ class Curvature:
     ) -> None:
         self.products_taken = 0
         self.gradients_taken = 0
+        self._twice = False  # whether the graph was seen to have second derivatives
         self._network, self._parameters, self._batches, self._loss = network, list(parameters), batches, loss
         self._graphs: list[tuple[int, Gradient]] = []
+        check_cut(network, batches, loss)
         self.loss, self.gradient, self._examples = self._first_pass(keep_graph)
 
     def _first_pass(self, keep_graph: bool) -> tuple[float, list[Tensor], int]:
@@ -83,9 +85,10 @@ class Curvature:
             if not value.requires_grad:
                 raise ValueError("the loss does not depend on any trainable parameter: was it detached?")
             check_loss(value.item())
-            gradient = torch.autograd.grad(
-                value, self._parameters, create_graph=graph, allow_unused=True, materialize_grads=True
-            )
+            gradient = _differentiated([value], self._parameters, None, create_graph=graph)
+            if graph and not self._twice:
+                _check_twice(gradient)
+                self._twice = True
             yield chunk.examples, value.item(), gradient
 
     def _differentiate(self, gradient: Gradient, direction: Gradient, *, keep: bool) -> Gradient:
@@ -93,6 +96,35 @@ class Curvature:
         if not pairs:  # the loss is linear in every parameter
             return [torch.zeros_like(parameter.detach()) for parameter in self._parameters]
         outputs, along = zip(*pairs, strict=True)
+        return _differentiated(outputs, self._parameters, along, retain_graph=keep)
+
+
+def _check_twice(gradient: Gradient) -> None:
+    """Refuse a graph with a function that is marked `once_differentiable`: torch passes over it, as if it were constant."""
+    seen = set()
+    left = [part.grad_fn for part in gradient]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [before for before, _ in node.next_functions]
+        if node.name() == "torch::autograd::Error":
+            raise ValueError(
+                "the network or the loss holds a function that can be differentiated only once (once_differentiable): it "
+                "has no Hessian that could be computed. Replace it by torch's own operations"
+            )
+
+
+def _differentiated(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], along: Sequence[Tensor] | None, **options: bool
+) -> Gradient:
+    try:
         return torch.autograd.grad(
-            outputs, self._parameters, along, retain_graph=keep, allow_unused=True, materialize_grads=True
+            outputs, inputs, along, allow_unused=True, materialize_grads=True, **options
         )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        which = "a first" if along is None else "a second"
+        raise ValueError(f"the network or the loss has no derivative here, {which} one: {error}") from error

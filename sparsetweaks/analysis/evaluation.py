@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeGuard
@@ -11,16 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
+from sparsetweaks.analysis.options import check_choice, check_dtype, check_whole
 from sparsetweaks.calling import map_tensors, tensors
 from sparsetweaks.copying import check_model, copy_model
 
 Batch = tuple[Any, Any]
 Data = Batch | Iterable[Batch]
 Loss = Callable[[Any, Any], Tensor]
-Progress = Callable[[int, int], None]
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_MISTAKES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+"""What code that is given here raises on what it cannot take."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -36,10 +41,8 @@ def working_copy(
     and buffers in bfloat16 and float16 become float32, or all floating-point ones `dtype`.
     """
     check_values(model)
-    if batch_norm not in ("eval", "train"):
-        raise ValueError(
-            f"batch_norm must be 'eval' (running statistics) or 'train' (the batch's), got {batch_norm!r}"
-        )
+    check_choice("batch_norm", batch_norm, ("eval", "train"))
+    check_dtype(dtype)
     with torch.inference_mode(False):  # within it tensors could not be differentiated by
         copied = copy_model(model).eval()
     if batch_norm == "train":
@@ -101,6 +104,8 @@ class Chunk(NamedTuple):
     targets: Any
     examples: int
     """How many examples it holds."""
+    left: int = 0
+    """How many of its batch come after it, in other chunks."""
 
 
 class Batches:
@@ -113,8 +118,8 @@ class Batches:
     """
 
     def __init__(self, data: Data, model: nn.Module, *, chunk_size: int | None = None) -> None:
-        if chunk_size is not None and (chunk_size != int(chunk_size) or chunk_size < 1):
-            raise ValueError(f"chunk_size must be a whole number of examples, at least 1, got {chunk_size}")
+        if chunk_size is not None:
+            check_whole("chunk_size", chunk_size)
         if isinstance(data, (Tensor, str, bytes, Mapping)) or not isinstance(data, Iterable):
             raise ValueError(
                 f"data must be (inputs, targets) or an iterable of such pairs, got a {type(data).__name__}"
@@ -150,7 +155,7 @@ class Batches:
                 found = True
                 part = pair if size >= count else map_tensors(lambda t: t[start : start + size], pair)  # noqa: B023
                 inputs, targets = map_tensors(self._arrived, part)
-                yield Chunk(inputs, targets, min(size, count - start))
+                yield Chunk(inputs, targets, min(size, count - start), max(count - start - size, 0))
         if not found:
             raise ValueError("the data hold no batch: pass (inputs, targets), or an iterable of such pairs")
 
@@ -161,6 +166,8 @@ class Batches:
             raise ValueError(f"the inputs must be tensors, or hold them, got a {type(pair[0]).__name__}")
         if any(tensor.ndim == 0 for tensor in inputs):
             raise ValueError("the inputs must have a first dimension of examples, got a tensor without any")
+        if any(tensor.is_meta for tensor in tensors(pair)):
+            raise ValueError("a batch is on the meta device and has no values: load the data first")
         count = len(inputs[0])
         if count == 0:
             raise ValueError("a batch holds no example")
@@ -211,19 +218,25 @@ def run(model: nn.Module, chunk: Chunk) -> Any:
         return call(model, chunk.inputs)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, IndexError) as error:
+    except _MISTAKES as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(chunk.inputs))
         raise ValueError(f"the model fails on these inputs (shape {shapes}): {error}") from error
 
 
 def chunk_loss(model: nn.Module, chunk: Chunk, loss: Loss) -> Tensor:
     """The loss of one chunk, checked to be a scalar."""
+    return loss_of(loss, run(model, chunk), chunk.targets)
+
+
+def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
+    """The loss, checked to be a scalar."""
     if not callable(loss):
         raise ValueError(f"the loss must be a function of (outputs, targets), got {loss!r}")
-    outputs = run(model, chunk)
     try:
-        value = loss(outputs, chunk.targets)
-    except (RuntimeError, TypeError, IndexError) as error:
+        value = loss(outputs, targets)
+    except torch.OutOfMemoryError:
+        raise
+    except _MISTAKES as error:
         raise ValueError(f"the loss fails on these outputs and targets: {error}") from error
     if not isinstance(value, Tensor) or value.ndim != 0 or not value.is_floating_point():
         got = (
@@ -272,10 +285,61 @@ def mean_loss(model: nn.Module, batches: Batches, loss: Loss) -> float:
     return total / examples
 
 
+def check_cut(model: nn.Module, batches: Batches, loss: Loss) -> None:
+    """Refuse a loss whose value over a batch is not the mean over its chunks, where `chunk_size` cuts batches."""
+    if batches.chunk_size is None:
+        return
+    pairs: list[tuple[Any, Any]] = []
+    counts: list[int] = []
+    with torch.no_grad():
+        for chunk in batches:
+            if pairs or chunk.left:  # not a whole batch
+                pairs.append((run(model, chunk), chunk.targets))
+                counts.append(chunk.examples)
+            if pairs and not chunk.left:
+                _check_mean(pairs, counts, loss, batches.chunk_size)
+                pairs, counts = [], []
+
+
+def _check_mean(pairs: list[tuple[Any, Any]], counts: list[int], loss: Loss, chunk_size: int) -> None:
+    whole = loss_of(loss, *_joined(pairs, counts))
+    parts = sum(n * loss_of(loss, *pair).item() for n, pair in zip(counts, pairs, strict=True)) / sum(counts)
+    rounding = math.sqrt(torch.finfo(whole.dtype).eps)  # half of its digits
+    if abs(whole.item() - parts) > rounding * max(abs(whole.item()), abs(parts)):
+        raise ValueError(
+            f"with chunk_size={chunk_size} the loss would be {parts:.6g}, and over whole batches it is {whole.item():.6g}: "
+            "it is no mean over examples, as where classes have weights or a sum is taken. Leave chunk_size out, or give "
+            "one that is, such as cross_entropy(outputs, targets, weight=weight, reduction='sum') / len(targets)"
+        )
+
+
+def _joined(pairs: list[tuple[Any, Any]], counts: list[int]) -> Any:
+    """Outputs and targets of the chunks as those of the batch; what has no examples is as in the first."""
+    leaves = [pytree.tree_flatten(pair) for pair in pairs]
+    joined = [
+        torch.cat(column)
+        if all(
+            isinstance(each, Tensor) and each.shape[:1] == (n,)
+            for each, n in zip(column, counts, strict=True)
+        )
+        else column[0]
+        for column in zip(*(flat for flat, _ in leaves), strict=True)
+    ]
+    return pytree.tree_unflatten(joined, leaves[0][1])
+
+
 def check_loss(value: float) -> None:
     """Refuse to go on from a network whose own loss is not finite."""
     if not math.isfinite(value):
         raise ValueError(f"the loss of the given network is {value}: nothing to analyse there")
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line that called into the package, however deep in it this is."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("sparsetweaks."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def table_text(rows: Sequence[Mapping[str, Any]]) -> str:

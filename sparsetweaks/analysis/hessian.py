@@ -8,7 +8,6 @@ training can never take says nothing about training.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -21,14 +20,23 @@ from sparsetweaks.analysis.evaluation import (
     Batches,
     Data,
     Loss,
-    Progress,
     table_text,
     undisturbed,
+    warn,
     working_copy,
 )
 from sparsetweaks.analysis.figures import COLORS, label, new_figure
 from sparsetweaks.analysis.lanczos import WHICH, quadrature, random_signs, random_vector, top_eigenpairs
-from sparsetweaks.analysis.subspace import Subspace, Where, subspace
+from sparsetweaks.analysis.options import (
+    Progress,
+    check_choice,
+    check_flag,
+    check_positive,
+    check_progress,
+    check_whole,
+    generator_of,
+)
+from sparsetweaks.analysis.subspace import Subspace, Where, new_seed, subspace
 from sparsetweaks.masks import lift_masks
 
 if TYPE_CHECKING:
@@ -43,6 +51,7 @@ DENSITY_PROBES = 4
 STEPS = 80  # of each probe; Ghorbani et al. (2019) have 90
 GRID = 1024
 WIDTH_OF_RANGE = 0.01
+DECADES = 100  # a larger ratio of eigenvalues is drawn logarithmically
 BLOCK = 8  # probes that share one pass over the data
 
 
@@ -88,11 +97,13 @@ class TopEigenvalues:
 
     Attributes:
         values: the eigenvalues, in the order that was asked for.
-        errors: for each value a bound on its error, from the residual |H v - value v|, and no less than the
-            rounding of the products.
+        errors: for each value how far some eigenvalue is from it at most, from the residual |H v - value v|, and no
+            less than the rounding of the products. It does not say which eigenvalue: see `converged`.
         vectors: for each value its eigenvector, of unit length, as a tensor for each parameter by name:
             exactly zero at pruned weights. `loss_line(direction=)` takes one.
-        converged: whether every error is within the tolerance.
+        converged: whether every error is within the tolerance, and the values are those asked for: that another
+            eigenvalue belongs among them, and lies further than the tolerance from each, has a chance of at most about
+            1 % over the random starts, for each such eigenvalue.
         work: where and at what cost.
         beside: the same over all weights, with `over="both"`.
     """
@@ -118,7 +129,7 @@ class TopEigenvalues:
         return "\n".join([*lines, note + table_text(self.table())])
 
     def plot(self) -> Figure:
-        """Bars of the eigenvalues by their number, with the bounds on their errors."""
+        """Bars of the eigenvalues by their number, with the bounds on their errors; logarithmic over decades of size."""
         figure, axes = new_figure()
         shown = [self, *([self.beside] if self.beside else [])]
         for index, (each, color) in enumerate(zip(shown, COLORS, strict=False)):
@@ -126,9 +137,13 @@ class TopEigenvalues:
             places = [n + 1 + (index - (len(shown) - 1) / 2) * width for n in range(len(each.values))]
             axes.bar(places, each.values, width, yerr=each.errors, color=color, label=_space_label(each.work))
         axes.set_xticks(range(1, len(self.values) + 1))
-        axes.axhline(0, color="black", linewidth=0.8)
+        values = [value for each in shown for value in each.values]
+        if 0 < DECADES * min(values) < max(values):
+            axes.set_yscale("log")
+        else:
+            axes.axhline(0, color="black", linewidth=0.8)
         axes.legend()
-        label(axes, x="number of the eigenvalue", y="eigenvalue of the loss's Hessian")
+        label(axes, x="number of the eigenvalue", y="eigenvalue of the loss's Hessian (loss / weight²)")
         return figure
 
 
@@ -287,41 +302,48 @@ def hessian_top_eigenvalues(
 ) -> TopEigenvalues:
     """The top eigenvalues of the loss's Hessian over the kept weights, with vectors (paper 4.2, figure 2).
 
-    By Lanczos' method with full reorthogonalisation. It stops by a test of each residual r = |H v - value v|:
-    an eigenvalue lies within r of the value, and within r^2 / gap where the neighbours are far. So the
-    tolerance bounds the error of the values; a vector is then good to about the root of it. As with every
-    method that sets out from one vector, an eigenvalue that several directions share exactly is found once,
-    and one that the start hardly touches can be missed for its neighbour: a larger k makes that unlikely.
+    By Lanczos' method with full reorthogonalisation, from a random start. Two tests stop it. The residual
+    r = |H v - value v| says that some eigenvalue lies within r of the value, and within r^2 / gap where the
+    neighbours are far: so the tolerance bounds the error of each value, and a vector is good to about the root of
+    it. That no other eigenvalue belongs among the k, a residual cannot say. It follows from how little the newest
+    direction has grown: an eigenvalue that lies further than the tolerance from all values, and belongs among them,
+    is missed only where the start holds so little of its vector as one random start in a hundred does. What lies
+    closer together than the tolerance may be found once.
 
     Dropout is off. The model, its buffers, modes and gradients, and PyTorch's random state stay untouched.
     Besides the graph it holds up to 2 * k + 60 vectors of as many numbers as weights are kept.
 
     Args:
         model: any network, masked in any form or not at all (then all its weights are kept). For one that
-            holds plain zeros give `apply_masks(model, find_masks(model, zeros=True))`.
+            holds plain zeros give `apply_masks(model, find_masks(model, zeros=True))`; there is an
+            `UnmaskedZerosWarning` otherwise.
         data: one pair (inputs, targets), or something that can be gone through repeatedly for such pairs, a
             list or a `DataLoader` say, of any length: one batch is held at a time. The inputs are a tensor, or
             a tuple or mapping of them. Batches go to the model's device and precision.
         loss: of (outputs, targets), a scalar: the mean over the examples of a batch. Batches of different
-            sizes are weighted, so that the loss is the mean over all examples.
+            sizes are weighted, so that the loss is the mean over all examples. One that is no such mean (classes
+            have weights, say) is a mean over batches as they come, and is refused where `chunk_size` cuts them.
         k: how many, at least 1.
         which: `"largest"`, `"smallest"` (most negative) or largest `"magnitude"`.
         over: `"kept"` weights, `"all"` of them (as if nothing had been pruned, at the same point), or
             `"both"`, side by side. All trainable parameters count, also of BatchNorm, and biases.
         where: glob pattern(s) on the names of parameters, or of the modules that hold them, to restrict it
             to; None for all.
-        tolerance: bound on the relative error of each value, > 0. Below about 1e-5, ask for
-            `dtype=torch.float64`: float32 products are no better than that.
+        tolerance: bound on the relative error of each value, > 0, and how far apart eigenvalues are told. Below
+            about 1e-5, ask for `dtype=torch.float64`: float32 products are no better than that.
         iterations: at most so many products, at least k. Where they do not suffice there is a
             `NotConvergedWarning`, and `converged` is False.
         batch_norm: `"eval"` normalises by the running statistics, `"train"` by each batch as it is given.
         dtype: to compute in; default the model's (float32 for half precision).
-        chunk_size: at most so many examples go through the network at once; default: batches as they come.
-            Not with `batch_norm="train"`, as cutting a batch changes its statistics.
+        chunk_size: at most so many examples go through the network at once; default: batches as they come. It
+            changes no result: one more pass over the data checks that of the loss, and with `batch_norm="train"` it
+            is refused, as cutting a batch changes its statistics.
         keep_graph: whether to build the gradient's graph once and keep it for all products, which saves a
             third of the time and takes memory for all the data. Default: only if the data are one pair and no
             `chunk_size` is given.
-        generator: of the start; default: one seeded with 0, so that the same call gives the same numbers.
+        generator: of the random start; default: one seeded with 0, so that the same call gives the same numbers.
+            Of it comes one seed, and with that each parameter's part is drawn by the parameter's name: networks that
+            are compared start alike in what they share, whatever else differs.
         progress: called after each product with (products so far, at most so many).
 
     Returns:
@@ -330,7 +352,7 @@ def hessian_top_eigenvalues(
     Raises:
         ValueError: an option out of range; nothing trainable, everything pruned, or fewer than k weights;
             weights or a loss that are not finite; data without a batch, or that do not fit; a loss that is
-            no scalar.
+            no scalar, or with `chunk_size` no mean over examples.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -342,19 +364,18 @@ def hessian_top_eigenvalues(
         >>> list(top.vectors[0])
         ['0.bias', '0.weight', '2.bias', '2.weight']
     """
-    _check_whole("k", k)
-    _check_whole("iterations", iterations, least=k)
-    if which not in WHICH:
-        raise ValueError(f"which must be one of {', '.join(map(repr, WHICH))}, got {which!r}")
-    if not (0 < tolerance < math.inf):
-        raise ValueError(f"tolerance must be positive, got {tolerance}")
+    check_whole("k", k)
+    check_whole("iterations", iterations, least=k)
+    check_choice("which", which, WHICH)
+    check_positive("tolerance", tolerance)
+    check_progress(progress)
 
     def analyse(curvature: Curvature, space: Subspace, draw: torch.Generator) -> _Eigen:
         if k > space.dimension:
             raise ValueError(f"k={k} eigenvalues were asked for, but only {space.dimension} weights are kept")
         found = top_eigenpairs(
             lambda vector: curvature.product(space, vector),
-            random_vector(space.flat(curvature.gradient), draw),
+            space.random(random_vector, new_seed(draw)),
             k=k,
             which=which,
             tolerance=tolerance,
@@ -363,11 +384,10 @@ def hessian_top_eigenvalues(
             on_step=lambda step: progress(step, iterations) if progress else None,
         )
         if not found.converged:
-            warnings.warn(
-                f"after {iterations} products an eigenvalue's error bound is still {max(found.errors):.2g}: raise "
-                "iterations, or tolerance",
+            warn(
+                f"after {iterations} products the bounds on the errors are up to {max(found.errors):.2g}, and larger "
+                "eigenvalues may be hidden: raise iterations, or tolerance",
                 NotConvergedWarning,
-                stacklevel=4,
             )
         vectors = tuple(space.named(vector) for vector in found.vectors)
         return _Eigen(tuple(found.values), tuple(found.errors), vectors, found.converged)
@@ -423,12 +443,15 @@ def hessian_trace(
         >>> trace.value, trace.standard_error
         (2.0, 0.0)
     """
-    _check_whole("probes", probes, least=2)
+    check_whole("probes", probes, least=2)
+    check_progress(progress)
 
     def analyse(curvature: Curvature, space: Subspace, draw: torch.Generator) -> list[float]:
-        like, samples = space.flat(curvature.gradient), list[float]()
+        samples = list[float]()
         while len(samples) < probes:
-            signs = [random_signs(like, draw) for _ in range(min(BLOCK, probes - len(samples)))]
+            signs = [
+                space.random(random_signs, new_seed(draw)) for _ in range(min(BLOCK, probes - len(samples)))
+            ]
             for sign, product in zip(signs, curvature.products(space, signs), strict=True):
                 samples.append(torch.dot(sign.double(), product.double()).item())
             if progress:
@@ -493,18 +516,18 @@ def hessian_density(
         >>> round(spacing * sum(density.density), 3)
         1.0
     """
-    _check_whole("probes", probes)
-    _check_whole("steps", steps)
-    _check_whole("grid", grid, least=2)
-    if width is not None and not (0 < width < math.inf):
-        raise ValueError(f"width must be positive, got {width}")
+    check_whole("probes", probes)
+    check_whole("steps", steps)
+    check_whole("grid", grid, least=2)
+    if width is not None:
+        check_positive("width", width)
+    check_progress(progress)
 
     def analyse(curvature: Curvature, space: Subspace, draw: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-        like = space.flat(curvature.gradient)
         return [
             quadrature(
                 lambda vector: curvature.product(space, vector),
-                random_signs(like, draw),
+                space.random(random_signs, new_seed(draw)),
                 steps=steps,
                 generator=draw,
                 on_step=lambda step, done=number * steps: (  # type: ignore[misc]
@@ -561,15 +584,16 @@ def _by_space(
     analyse: Callable[[Curvature, Subspace, torch.Generator], Result],
 ) -> list[tuple[Result, Work]]:
     """What `analyse` finds over the kept weights, over all, or over each."""
-    if setting.over not in ("kept", "all", "both"):
-        raise ValueError(f"over must be 'kept', 'all' or 'both', got {setting.over!r}")
+    check_choice("over", setting.over, ("kept", "all", "both"))
+    if setting.keep_graph is not None:
+        check_flag("keep_graph", setting.keep_graph)
     if setting.chunk_size is not None and setting.batch_norm == "train":
         raise ValueError(
             "chunk_size cuts batches, which changes the statistics that batch_norm='train' uses: pass the data "
             "in smaller batches instead"
         )
     network = working_copy(model, batch_norm=setting.batch_norm, dtype=setting.dtype)
-    draw = setting.generator or torch.Generator().manual_seed(0)
+    draw = generator_of(setting.generator)
     found: list[tuple[Result, Work]] = []
     with undisturbed(network):
         masks = lift_masks(network)
@@ -583,7 +607,9 @@ def _by_space(
         once = batches.single and setting.chunk_size is None
         keep_graph = once if setting.keep_graph is None else setting.keep_graph
         curvature = Curvature(network, list(whole.parameters.values()), batches, loss, keep_graph=keep_graph)
+        state = draw.get_state()
         for over, space in spaces.items():
+            draw.set_state(state)  # both spaces are seen by the same random vectors
             before = curvature.products_taken, curvature.gradients_taken
             result = analyse(curvature, space, draw)
             products = curvature.products_taken - before[0]
@@ -598,8 +624,3 @@ def _by_space(
 def _beside(results: list[Any]) -> Any:
     """One result, with the one over all weights beside it."""
     return results[0] if len(results) == 1 else replace(results[0], beside=results[1])
-
-
-def _check_whole(name: str, value: int, *, least: int = 1) -> None:
-    if value != int(value) or value < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}, got {value}")

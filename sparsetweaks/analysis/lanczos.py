@@ -6,6 +6,7 @@ restarted from its best part when it is full (thick restart, Wu and Simon 2000),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,8 +15,16 @@ from torch import Tensor
 
 Multiply = Callable[[Tensor], Tensor]
 
+
 SPARE = 60  # how many basis vectors there may be beyond two for each wanted eigenpair
-WHICH = ("largest", "smallest", "magnitude")
+WHICH: dict[str, Callable[[Tensor], Tensor]] = {
+    "largest": lambda values: values,
+    "smallest": lambda values: -values,
+    "magnitude": torch.abs,
+}
+"""What is the most of it is wanted first."""
+MISSED = 0.01
+"""The chance, over the random start, that an eigenvalue which belongs to the wanted ones is missed for its neighbour."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +37,7 @@ class Eigenpairs:
     vectors: list[Tensor]
     """Of unit length."""
     converged: bool
+    """Whether every error is within the tolerance, and no other is among the wanted, but by the chance `MISSED`."""
 
 
 def top_eigenpairs(
@@ -44,8 +54,9 @@ def top_eigenpairs(
 ) -> Eigenpairs:
     """The k wanted eigenpairs, each value to `tolerance` of itself, from at most `iterations` products.
 
-    A start that leans towards some direction, the gradient say, would save a product where that lies among the top
-    eigenvectors, and stop at the second eigenvalue where it lies along that one: let it be random.
+    A residual says that an eigenvalue is near, and not that no larger one is hidden: that is `alone`'s to say, for which
+    the start must be random. One that leans towards some direction, the gradient say, would save a product where that
+    lies among the top eigenvectors, and stop at the second eigenvalue where it lies along that one.
     """
     krylov = Krylov(start, generator)
     full = min(2 * k + spare, len(start))
@@ -60,14 +71,45 @@ def top_eigenpairs(
         errors = value_errors(values, residuals).clamp(min=floor)
         enough = torch.clamp(tolerance * values[wanted].abs(), min=floor)
         exhausted = len(krylov.basis) == len(start)
-        converged = len(wanted) == k and (exhausted or bool((errors[wanted] <= enough).all()))
+        converged = len(wanted) == k and (
+            exhausted
+            or (
+                bool((errors[wanted] <= enough).all()) and alone(krylov, values, wanted, enough, which, floor)
+            )
+        )
         if converged or step == iterations:
             vectors = [krylov.combine(inner[:, column]) for column in wanted.tolist()]
             return Eigenpairs(values[wanted].tolist(), errors[wanted].tolist(), vectors, converged)
         if len(krylov.basis) == full:
-            krylov.restart(values, inner, _order(values, which)[: k + (full - k) // 2])
+            krylov.restart(values, inner, _order(values, which), k + (full - k) // 2)
         krylov.advance(negligible=floor)
     raise AssertionError("unreachable: iterations is at least 1")
+
+
+def alone(
+    krylov: Krylov, values: Tensor, wanted: Tensor, within: Tensor, which: str, negligible: float
+) -> bool:
+    """Whether no eigenvalue from the last wanted one on lies apart from all the wanted ones, but by the chance `MISSED`.
+
+    The direction that the last product added is p(H) start, p a polynomial whose zeros are all Ritz values ever left
+    behind and those there are. As it has length 1, |p| is at most 1 / share at every eigenvalue of whose vector the start
+    holds that share. Of a random start it is seldom less than `MISSED` times its usual size. Between two neighbouring zeros
+    log |p| is concave: where it is large enough at both ends of a gap, it is so within. (For the largest
+    eigenvalue alone: van Dorsselaer, Hochstenbach and van der Vorst 1999.)
+    """
+    log_scale = krylov.log_scale(negligible)
+    if log_scale == -math.inf:
+        return True  # the start lies in the span of these eigenvectors
+    rank = WHICH[which]
+    centres = values[wanted]
+    last = rank(centres)[-1] + within[-1]
+    ends = torch.cat([centres - within, centres + within, last[None], -last[None]])
+    inside = (ends[:, None] > centres - within) & (ends[:, None] < centres + within)
+    ends = ends[(rank(ends) >= last) & ~inside.any(dim=1)]
+    zeros = torch.cat([values, krylov.left])
+    log_sizes = (ends[:, None] - zeros).abs().log().sum(dim=1) - log_scale
+    share = MISSED * math.sqrt(math.pi / (2 * len(krylov.rest)))
+    return bool((log_sizes >= -math.log(share)).all())
 
 
 def value_errors(values: Tensor, residuals: Tensor) -> Tensor:
@@ -115,6 +157,13 @@ class Krylov:
         self.projected = torch.zeros(0, 0, dtype=torch.float64)
         self.rest = start
         self.beta = 0.0
+        self.left = torch.zeros(0, dtype=torch.float64)
+        """The Ritz values that restarts have left behind."""
+        self._log_betas = 0.0
+
+    def log_scale(self, negligible: float) -> float:
+        """The logarithm of the product of all betas; minus infinity once one was nothing."""
+        return self._log_betas + (math.log(self.beta) if self.beta > negligible else -math.inf)
 
     def extend(self, multiply: Multiply) -> None:
         """Take the product with the newest basis vector: one more row and column of `projected`."""
@@ -129,14 +178,17 @@ class Krylov:
 
     def advance(self, *, negligible: float) -> None:
         """Go on with what the last product added; with a random direction if that is nothing."""
+        self._log_betas = self.log_scale(negligible)
         if self.beta <= negligible:
             self.rest = random_vector(self.rest, self.generator)
             self._orthogonalise()
             self.beta = 0.0
         self.basis.append(self.rest / torch.linalg.vector_norm(self.rest))
 
-    def restart(self, values: Tensor, inner: Tensor, keep: Tensor) -> None:
-        """Shrink the basis to these Ritz vectors."""
+    def restart(self, values: Tensor, inner: Tensor, order: Tensor, count: int) -> None:
+        """Shrink the basis to the first Ritz vectors of an order."""
+        keep, leave = order[:count], order[count:]
+        self.left = torch.cat([self.left, values[leave]])
         self.basis = [self.combine(inner[:, column]) for column in keep.tolist()]
         self.projected = torch.diag(values[keep])
 
@@ -171,6 +223,4 @@ def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _order(values: Tensor, which: str) -> Tensor:
-    if which == "smallest":
-        return values.argsort()
-    return (values.abs() if which == "magnitude" else values).argsort(descending=True)
+    return WHICH[which](values).argsort(descending=True)

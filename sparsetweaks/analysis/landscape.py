@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from sparsetweaks.analysis.evaluation import (
     Chunk,
     Data,
     Loss,
-    Progress,
+    check_cut,
     check_loss,
     chunk_loss,
     is_pair,
@@ -33,7 +33,18 @@ from sparsetweaks.analysis.evaluation import (
 from sparsetweaks.analysis.figures import COLORS, SURFACE_COLORS, label, new_figure
 from sparsetweaks.analysis.hessian import TopEigenvalues
 from sparsetweaks.analysis.lanczos import random_signs, random_vector
-from sparsetweaks.analysis.subspace import Where, named_weights, subspace
+from sparsetweaks.analysis.options import (
+    Progress,
+    check_choice,
+    check_flag,
+    check_odd,
+    check_positive,
+    check_progress,
+    check_whole,
+    generator_of,
+)
+from sparsetweaks.analysis.subspace import Where, check_zeros, named_weights, new_seed, subspace
+from sparsetweaks.forms import masked_places
 from sparsetweaks.masks import lift_masks
 
 if TYPE_CHECKING:
@@ -51,6 +62,13 @@ INPUT_RADIUS = 0.5  # half a standard deviation of normalised inputs
 EUCLIDEAN = "Euclidean distance"
 OF_FILTERS = "norms of each filter"
 OF_INPUTS = "root mean square change per input element"
+
+_SPACES = {
+    "kept": "the kept weights",
+    "all": "all weights",
+    "given": "given directions",
+    "inputs": "inputs",
+}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -127,20 +145,25 @@ class LossPlane:
     """The loss over a plane.
 
     Attributes:
+        over: which weights random directions move, `"kept"` or `"all"`; `"given"` where the directions were given,
+            and `"inputs"` for a plane of inputs.
         xs: positions along the first direction, in `unit`.
         ys: positions along the second direction, in `unit`.
         losses: a row for each of `ys`, with a value for each of `xs`.
         unit: of the positions.
         names: what the two directions are.
         cosine: of the angle between the directions, as one vector each.
+        beside: the same over all weights, with `over="both"`.
     """
 
+    over: str
     xs: tuple[float, ...]
     ys: tuple[float, ...]
     losses: tuple[tuple[float, ...], ...] = field(repr=False)
     unit: str
     names: tuple[str, str]
     cosine: float
+    beside: LossPlane | None = None
 
     @property
     def center(self) -> float:
@@ -153,30 +176,35 @@ class LossPlane:
         return _worst(value - self.center for row in self.losses for value in row)
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each point: `x`, `y`, `loss`."""
-        return [
-            {"x": x, "y": y, "loss": value}
+        """A row for each point: `over`, `x`, `y`, `loss`."""
+        rows = [
+            {"over": self.over, "x": x, "y": y, "loss": value}
             for y, row in zip(self.ys, self.losses, strict=True)
             for x, value in zip(self.xs, row, strict=True)
         ]
+        return rows + (self.beside.table() if self.beside else [])
 
     def __str__(self) -> str:
-        finite = [value for row in self.losses for value in row if math.isfinite(value)]
-        return (
-            f"Loss plane, {len(self.xs)} x {len(self.ys)} points; positions in {self.unit}\n"
+        finite = self._finite()
+        text = (
+            f"Loss plane over {_SPACES[self.over]}, {len(self.xs)} x {len(self.ys)} points; positions in {self.unit}\n"
             f"x: {self.names[0]}; y: {self.names[1]}; cosine {self.cosine:.2g}\n"
             f"loss {self.center:.4g} at the centre, from {min(finite):.4g} to {max(finite):.4g}, "
             f"{len(self.xs) * len(self.ys) - len(finite)} points not finite"
         )
+        return f"{text}\n{self.beside}" if self.beside else text
 
     def plot(self, *, logarithmic: bool = False) -> Figure:
         """Filled contours of the loss; a cross marks the centre, and points that are not finite stay white.
+
+        Two planes side by side have the same colours.
 
         Args:
             logarithmic: space the contours evenly in the logarithm of the loss, which must be positive: shows
                 the basin where the rim is very high.
         """
-        finite = [value for row in self.losses for value in row if math.isfinite(value)]
+        shown = [self, *([self.beside] if self.beside else [])]
+        finite = [value for plane in shown for value in plane._finite()]
         low, high = min(finite), max(finite)
         high = high if high > low else low + 1e-6 * max(abs(low), 1)  # a flat plane has one colour
         if logarithmic and low <= 0:
@@ -185,21 +213,30 @@ class LossPlane:
             )
         ends = (math.log(low), math.log(high)) if logarithmic else (low, high)
         levels = torch.linspace(*ends, CONTOURS, dtype=torch.float64)
-        shown = [[value if math.isfinite(value) else math.nan for value in row] for row in self.losses]
-        figure, axes = new_figure(size=(5.5, 4.5))
-        filled = axes.contourf(
-            self.xs,
-            self.ys,
-            shown,
-            levels=(levels.exp() if logarithmic else levels).tolist(),
-            norm="log" if logarithmic else None,
-            cmap=SURFACE_COLORS,
-            extend="both",
-        )
-        axes.plot(0, 0, marker="+", color="white", markersize=10, markeredgewidth=2)
-        figure.colorbar(filled, ax=axes, label="mean loss", format="%.3g")
-        label(axes, x=f"{self.names[0]} ({self.unit})", y=f"{self.names[1]} ({self.unit})")
+        figure, panels = new_figure(columns=len(shown), size=(5.5 * len(shown), 4.5))
+        panels = list(panels) if len(shown) > 1 else [panels]
+        for plane, axes in zip(shown, panels, strict=True):
+            filled = axes.contourf(
+                plane.xs,
+                plane.ys,
+                [[value if math.isfinite(value) else math.nan for value in row] for row in plane.losses],
+                levels=(levels.exp() if logarithmic else levels).tolist(),
+                norm="log" if logarithmic else None,
+                cmap=SURFACE_COLORS,
+                extend="both",
+            )
+            axes.plot(0, 0, marker="+", color="white", markersize=10, markeredgewidth=2)
+            label(
+                axes,
+                x=f"{plane.names[0]} ({plane.unit})",
+                y=f"{plane.names[1]} ({plane.unit})",
+                title=f"over {_SPACES[plane.over]}",
+            )
+        figure.colorbar(filled, ax=panels, label="mean loss", format="%.3g")
         return figure
+
+    def _finite(self) -> list[float]:
+        return [value for row in self.losses for value in row if math.isfinite(value)]
 
 
 def _worst(values: Iterable[float]) -> float:
@@ -234,7 +271,8 @@ def loss_line(
 
     Between two networks (linear mode connectivity, Frankle et al. 2020): at (1 - t) * weights + t * others for
     t from 0 to 1. The barrier is the largest excess of the loss over the straight line between the two ends'
-    losses. Both masks may be of any form.
+    losses. Both masks may be of any form. Floating-point buffers go along, and what is equal in both stays to
+    the bit, infinities too.
 
     Dropout is off. The model, its buffers and modes, and PyTorch's random state stay untouched.
 
@@ -268,7 +306,8 @@ def loss_line(
         Positions and losses, with `barrier` or `rise`.
 
     Raises:
-        ValueError: neither or both of `direction` and `to`; a direction or network that does not fit; a given
+        ValueError: neither or both of `direction` and `to`; a direction or network that does not fit; buffers
+            that differ and have nothing between them, as they are infinite or no floating-point numbers; a given
             network whose loss is not finite; otherwise as `hessian_top_eigenvalues`.
 
     Example:
@@ -285,10 +324,9 @@ def loss_line(
         raise ValueError(
             "radius and scale belong to a direction: between two networks positions run from 0 to 1"
         )
-    if scale not in ("plain", "filter"):
-        raise ValueError(f"scale must be 'plain' (unit length) or 'filter', got {scale!r}")
-    if masks not in ("union", "intersection"):
-        raise ValueError(f"masks must be 'union' or 'intersection', got {masks!r}")
+    check_choice("scale", scale, ("plain", "filter"))
+    check_choice("masks", masks, ("union", "intersection"))
+    check_progress(progress)
     if to is None and masks != "union":
         raise ValueError("masks= is about two networks: a direction is taken as it is")
     terrain = _Terrain(model, data, loss, batch_norm, dtype, chunk_size)
@@ -317,19 +355,22 @@ def _line_between(
     dtype: torch.dtype | None,
     progress: Progress | None,
 ) -> LossLine:
-    if points != int(points) or points < 2:
-        raise ValueError(f"points must be a whole number, at least 2, got {points}")
+    check_whole("points", points, least=2)
     second = working_copy(other, dtype=dtype)
-    kept = [terrain.masks, _masks_by_name(second)]
+    lifted = [(terrain.network, terrain.masks), (second, lift_masks(second))]
+    for network, own in lifted:
+        check_zeros(network, own)
+    kept = [_by_name(network, own) for network, own in lifted]
     ends = [_state(terrain.network), _state(second)]
     _check_same(*ends)
+    _check_fixed(terrain.network, second)
     names = set(terrain.weights)
     if masks == "intersection":
         for end in ends:
             for name, mask in [*kept[0].items(), *kept[1].items()]:
                 end[name] = end[name] * mask.to(end[name].device)
-    positions = torch.linspace(0, 1, int(points), dtype=torch.float64).tolist()
-    states = ({name: (1 - t) * ends[0][name] + t * ends[1][name] for name in ends[0]} for t in positions)
+    positions = torch.linspace(0, 1, points, dtype=torch.float64).tolist()
+    states = ({name: _between(end, ends[1][name], t) for name, end in ends[0].items()} for t in positions)
     losses = terrain.losses(states, len(positions), progress)
     return LossLine(
         tuple(positions),
@@ -339,6 +380,11 @@ def _line_between(
         sum(_kept_between(terrain.weights[name], [each.get(name) for each in kept], masks) for name in names),
         sum(part.numel() for part in terrain.weights.values()),
     )
+
+
+def _between(first: Tensor, second: Tensor, t: float) -> Tensor:
+    """What is equal stays so: an attention mask's -inf, which times 0 is nan."""
+    return torch.where(first == second, first, (1 - t) * first + t * second)
 
 
 def _kept_between(weight: Tensor, masks: Sequence[Tensor | None], rule: str) -> int:
@@ -377,9 +423,9 @@ def loss_plane(
 
     Args:
         model: as in `loss_line`, and so are `data`, `loss`, `batch_norm`, `dtype`, `chunk_size`.
-        directions: two of one's own, as `direction` in `loss_line`, in place of random ones, so that networks
-            can be compared over the same plane.
-        over: random directions in the `"kept"` weights, or in `"all"`.
+        directions: a pair of one's own, each as `direction` in `loss_line`, in place of random ones.
+        over: random directions in the `"kept"` weights, in `"all"` (of which those in the kept ones are what the masks
+            leave), or `"both"`, side by side.
         where: glob pattern(s) on the names of parameters, or of the modules that hold them, that random
             directions move; None for all.
         scale: `"filter"`, or `"plain"` for directions of unit length, with positions as Euclidean distances.
@@ -387,8 +433,9 @@ def loss_plane(
             scaled as one filter. By default they stay, as in Li et al.
         points: how many along each direction, an odd number.
         radius: how far along each, in units of `scale`, > 0; at 1 each filter has moved by its own norm.
-        generator: of the directions; default: one seeded with 0. With the same masks, the same one gives the
-            same directions before they are scaled, in every form of mask.
+        generator: of the directions; default: one seeded with 0. The same one gives networks that are compared the
+            same directions, before they are masked and scaled, in every parameter that they share by name and shape,
+            whatever else they hold.
         progress: called after each point with (points so far, all).
 
     Returns:
@@ -405,26 +452,40 @@ def loss_plane(
         >>> round(plane.center, 4) == round(nn.functional.cross_entropy(model(batch[0]), batch[1]).item(), 4)
         True
     """
-    if over not in ("kept", "all"):
-        raise ValueError(f"over must be 'kept' or 'all', got {over!r}")
-    if scale not in ("plain", "filter"):
-        raise ValueError(f"scale must be 'plain' (unit length) or 'filter', got {scale!r}")
+    check_choice("over", over, ("kept", "all", "both"))
+    check_flag("one_dimensional", one_dimensional)
+    check_progress(progress)
+    check_choice("scale", scale, ("plain", "filter"))
     positions = _positions(radius, points)
     terrain = _Terrain(model, data, loss, batch_norm, dtype, chunk_size)
     if directions is None:
-        draw = generator or torch.Generator().manual_seed(0)
-        first, second = (terrain.random_direction(over, where, one_dimensional, draw) for _ in range(2))
+        draw = generator_of(generator)
+        seeds = new_seed(draw), new_seed(draw)
+        pairs = {
+            each: terrain.random_directions(each, where, one_dimensional, seeds)
+            for each in (("kept", "all") if over == "both" else (over,))
+        }
         names = ("first random direction", "second random direction")
     else:
         if over != "kept" or where is not None or one_dimensional:
             raise ValueError("over, where and one_dimensional are about random directions: leave them out")
-        first, second = (_fitting(each, terrain) for each in directions)
+        pairs = {"given": _fitting_pair(directions, terrain)}
         names = ("first direction", "second direction")
-    first, second = (_scaled(each, terrain.weights, scale) for each in (first, second))
-    states = (_moved(terrain.weights, (x, first), (y, second)) for y in positions for x in positions)
-    losses = terrain.losses(states, len(positions) ** 2, progress)
+    pairs = {each: [_scaled(part, terrain.weights, scale) for part in pair] for each, pair in pairs.items()}
+    states = (
+        _moved(terrain.weights, (x, first), (y, second))
+        for first, second in pairs.values()
+        for y in positions
+        for x in positions
+    )
+    size = len(positions) ** 2
+    losses = terrain.losses(states, len(pairs) * size, progress)
     unit = EUCLIDEAN if scale == "plain" else OF_FILTERS
-    return _plane(positions, losses, unit, names, _cosine(first, second))
+    planes = [
+        _plane(each, positions, losses[start : start + size], unit, names, _cosine(*pair))
+        for (each, pair), start in zip(pairs.items(), range(0, len(losses), size), strict=True)
+    ]
+    return planes[0] if len(planes) == 1 else replace(planes[0], beside=planes[1])
 
 
 def input_loss_plane(
@@ -477,25 +538,28 @@ def input_loss_plane(
         >>> plane.losses[1][0] < plane.losses[1][1] < plane.losses[1][2]
         True
     """
-    if directions not in ("random", "gradient"):
-        raise ValueError(f"directions must be 'random' or 'gradient', got {directions!r}")
-    if batch_norm not in ("eval", "train"):
-        raise ValueError(f"batch_norm must be 'eval' or 'train', got {batch_norm!r}")
+    check_choice("directions", directions, ("random", "gradient"))
+    check_progress(progress)
     if not is_pair(batch):
         raise ValueError("batch must be one pair (inputs, targets): the plane lies around these inputs")
-    if not (isinstance(batch[0], Tensor) and batch[0].is_floating_point()):
-        raise ValueError("the inputs must be one floating-point tensor, as others cannot be moved a little")
+    inputs = batch[0]
+    if not (isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.layout == torch.strided):
+        raise ValueError(
+            "the inputs must be one floating-point tensor, and no sparse one, as others cannot be moved a little"
+        )
     if batch[0].ndim > 0 and len(batch[0]) == 0:
         raise ValueError("a batch holds no example")
     if batch[0].ndim < 2 or batch[0][:1].numel() < 2:
         raise ValueError(f"a plane needs at least 2 elements per input, got shape {tuple(batch[0].shape)}")
     positions = _positions(radius, points)
     network = working_copy(model, batch_norm=batch_norm, dtype=dtype)
-    _check_cut(batch_norm, chunk_size)
-    draw = generator or torch.Generator().manual_seed(0)
+    _check_statistics(batch_norm, chunk_size)
+    draw = generator_of(generator)
     with undisturbed(network):
-        chunks = list(Batches(batch, network, chunk_size=chunk_size))
-        around = [_input_directions(network, chunk, loss, directions, draw) for chunk in chunks]
+        batches = Batches(batch, network, chunk_size=chunk_size)
+        check_cut(network, batches, loss)
+        chunks = list(batches)
+        around = _input_directions(network, chunks, loss, directions, draw)
         losses: list[float] = []
         for y in positions:
             for x in positions:
@@ -513,24 +577,34 @@ def input_loss_plane(
     )
     whole = [{str(number): pair[which] for number, pair in enumerate(around)} for which in (0, 1)]
     cosine = _cosine(*whole)
-    return _plane(positions, losses, OF_INPUTS, names, cosine)
+    return _plane("inputs", positions, losses, OF_INPUTS, names, cosine)
 
 
 def _input_directions(
-    network: nn.Module, chunk: Chunk, loss: Loss, directions: str, draw: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    shape, flat = chunk.inputs.shape, chunk.inputs.reshape(-1)
+    network: nn.Module, chunks: list[Chunk], loss: Loss, directions: str, draw: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """Two directions for each chunk's inputs: the random ones are drawn for the whole batch, however it is cut."""
+    whole = torch.cat([chunk.inputs for chunk in chunks])
+    counts = [chunk.examples for chunk in chunks]
     if directions == "gradient":
-        inputs = chunk.inputs.clone().requires_grad_()
-        value = chunk_loss(network, chunk._replace(inputs=inputs * 1), loss)  # * 1: it may work in place
-        if not value.requires_grad:
-            raise ValueError("the loss has no gradient with respect to the inputs: use directions='random'")
-        (gradient,) = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
-        return gradient.sign(), random_signs(flat, draw).reshape(shape)
-    first, second = (random_vector(flat, draw).reshape(len(chunk.inputs), -1) for _ in range(2))
+        firsts = [_gradient_sign(network, chunk, loss) for chunk in chunks]
+        seconds = random_signs(whole.reshape(-1), draw).reshape(whole.shape).split(counts)
+        return list(zip(firsts, seconds, strict=True))
+    first, second = (random_vector(whole.reshape(-1), draw).reshape(len(whole), -1) for _ in range(2))
     first = _root_mean_square_of_one(first)
     second = _root_mean_square_of_one(second - (first * second).mean(dim=1, keepdim=True) * first)
-    return first.reshape(shape), second.reshape(shape)
+    return list(
+        zip(first.reshape(whole.shape).split(counts), second.reshape(whole.shape).split(counts), strict=True)
+    )
+
+
+def _gradient_sign(network: nn.Module, chunk: Chunk, loss: Loss) -> Tensor:
+    inputs = chunk.inputs.clone().requires_grad_()
+    value = chunk_loss(network, chunk._replace(inputs=inputs * 1), loss)  # * 1: it may work in place
+    if not value.requires_grad:
+        raise ValueError("the loss has no gradient with respect to the inputs: use directions='random'")
+    (gradient,) = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+    return gradient.sign()
 
 
 def _root_mean_square_of_one(rows: Tensor) -> Tensor:
@@ -538,11 +612,16 @@ def _root_mean_square_of_one(rows: Tensor) -> Tensor:
 
 
 def _plane(
-    positions: list[float], losses: list[float], unit: str, names: tuple[str, str], cosine: float
+    over: str,
+    positions: list[float],
+    losses: list[float],
+    unit: str,
+    names: tuple[str, str],
+    cosine: float,
 ) -> LossPlane:
     side = len(positions)
     rows = tuple(tuple(losses[start : start + side]) for start in range(0, side * side, side))
-    return LossPlane(tuple(positions), tuple(positions), rows, unit, names, cosine)
+    return LossPlane(over, tuple(positions), tuple(positions), rows, unit, names, cosine)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -561,12 +640,11 @@ class _Terrain:
         dtype: torch.dtype | None,
         chunk_size: int | None,
     ) -> None:
-        if batch_norm not in ("eval", "train", "reestimate"):
-            raise ValueError(f"batch_norm must be 'eval', 'train' or 'reestimate', got {batch_norm!r}")
-        _check_cut(batch_norm, chunk_size)
+        check_choice("batch_norm", batch_norm, ("eval", "train", "reestimate"))
+        _check_statistics(batch_norm, chunk_size)
         self.reestimates = batch_norm == "reestimate"
         self.network = working_copy(model, batch_norm="eval" if self.reestimates else batch_norm, dtype=dtype)
-        self.masks = _masks_by_name(self.network)
+        self.masks = lift_masks(self.network)
         self.weights = {name: p.detach().clone() for name, p in named_weights(self.network).items()}
         self._data, self._loss, self._chunk_size = data, loss, chunk_size
 
@@ -575,6 +653,7 @@ class _Terrain:
         found: list[float] = []
         with undisturbed(self.network):
             batches = Batches(self._data, self.network, chunk_size=self._chunk_size)
+            check_cut(self.network, batches, self._loss)
             check_loss(mean_loss(self.network, batches, self._loss))
             held = _tensors_of(self.network)
             for state in states:
@@ -588,34 +667,32 @@ class _Terrain:
                     progress(len(found), count)
         return found
 
-    def random_direction(
-        self, over: str, where: Where, one_dimensional: bool, draw: torch.Generator
-    ) -> Weights:
-        parameters = named_weights(self.network)
-        masks = {parameters[name]: mask for name, mask in self.masks.items() if name in parameters}
-        space = subspace(self.network, masks, over=over, where=where)
-        like = space.flat([parameter.detach() for parameter in space.parameters.values()])
-        drawn = space.named(random_vector(like, draw))
-        moving = {name: part for name, part in drawn.items() if one_dimensional or part.ndim > 1}
-        if not moving:
+    def random_directions(
+        self, over: str, where: Where, one_dimensional: bool, seeds: Sequence[int]
+    ) -> list[Weights]:
+        space = subspace(self.network, self.masks, over=over, where=where)
+        if not one_dimensional and all(p.ndim <= 1 for p in space.parameters.values()):
             raise ValueError("only biases and the like were chosen: say one_dimensional=True to move them")
-        return moving
+        drawn = [space.named(space.random(random_vector, seed)) for seed in seeds]
+        return [
+            {name: part for name, part in each.items() if one_dimensional or part.ndim > 1} for each in drawn
+        ]
 
 
-def _masks_by_name(network: nn.Module) -> dict[str, Tensor]:
-    """Lift the masks of a copy of ours, and say what they were."""
-    masks = lift_masks(network)
+def _by_name(network: nn.Module, masks: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
     return {name: masks[p] for name, p in named_weights(network).items() if p in masks}
 
 
-def _tensors_of(network: nn.Module) -> dict[str, Tensor]:
+def _tensors_of(network: nn.Module) -> Weights:
     """All that is interpolated: floating-point parameters, and buffers such as running statistics."""
-    buffers = {
-        name: buffer
-        for name, buffer in network.named_buffers()
-        if buffer.is_floating_point() and not name.endswith(("_mask", ".mask"))
-    }
+    buffers = {name: buffer for name, buffer in _buffers_of(network).items() if buffer.is_floating_point()}
     return {**named_weights(network), **buffers}
+
+
+def _buffers_of(network: nn.Module) -> Weights:
+    """All but the masks of weights, in whatever form."""
+    masks = {id(mask) for place in masked_places(network) for mask in place.stored_masks()}
+    return {name: buffer for name, buffer in network.named_buffers() if id(buffer) not in masks}
 
 
 def _state(network: nn.Module) -> Weights:
@@ -631,10 +708,29 @@ def _check_same(first: Weights, second: Weights) -> None:
             raise ValueError(
                 f"{name!r} has shape {tuple(tensor.shape)} in one network and {tuple(second[name].shape)} in the other"
             )
-        second[name] = second[name].to(device=tensor.device, dtype=tensor.dtype)
+        other = second[name] = second[name].to(device=tensor.device, dtype=tensor.dtype)
+        if ((tensor != other) & ~(tensor.isfinite() & other.isfinite())).any():
+            raise ValueError(
+                f"{name!r} is infinite in one network where the other differs: nothing lies between them. Give both "
+                "the same"
+            )
 
 
-def _check_cut(batch_norm: str, chunk_size: int | None) -> None:
+def _check_fixed(first: nn.Module, second: nn.Module) -> None:
+    """Refuse what cannot be interpolated and differs; counts of batches, which compute nothing here, do not matter."""
+    others = _buffers_of(second)
+    for name, buffer in _buffers_of(first).items():
+        if buffer.is_floating_point() or name.endswith("num_batches_tracked"):
+            continue
+        other = others.get(name)
+        if other is None or buffer.shape != other.shape or not torch.equal(buffer, other.to(buffer.device)):
+            raise ValueError(
+                f"the buffer {name!r} ({buffer.dtype}) differs between the two networks, and there is nothing between "
+                "its values: give both the same"
+            )
+
+
+def _check_statistics(batch_norm: str, chunk_size: int | None) -> None:
     if chunk_size is not None and batch_norm != "eval":
         raise ValueError(
             f"chunk_size cuts batches, which changes the statistics that batch_norm={batch_norm!r} uses: pass the "
@@ -644,11 +740,9 @@ def _check_cut(batch_norm: str, chunk_size: int | None) -> None:
 
 def _positions(radius: float, points: int) -> list[float]:
     """Evenly from -radius to radius, 0 among them."""
-    if not (0 < radius < math.inf):
-        raise ValueError(f"radius must be positive, got {radius}")
-    if points != int(points) or points < 3 or points % 2 == 0:
-        raise ValueError(f"points must be an odd number, at least 3, so that 0 is among them, got {points}")
-    half = int(points) // 2
+    check_positive("radius", radius)
+    check_odd("points", points)
+    half = points // 2
     return [radius * step / half for step in range(-half, half + 1)]
 
 
@@ -664,6 +758,8 @@ def _fitting(direction: Direction, terrain: _Terrain) -> Weights:
     for name, part in direction.items():
         if name not in weights:
             raise ValueError(f"the direction moves {name!r}, which is no parameter of the network")
+        if not isinstance(part, Tensor):
+            raise ValueError(f"the direction holds a {type(part).__name__} at {name!r}: give a tensor")
         if part.shape != weights[name].shape:
             raise ValueError(
                 f"the direction has shape {tuple(part.shape)} at {name!r}, but its weight {tuple(weights[name].shape)}"
@@ -674,6 +770,14 @@ def _fitting(direction: Direction, terrain: _Terrain) -> Weights:
         name: part.detach().to(device=weights[name].device, dtype=weights[name].dtype)
         for name, part in direction.items()
     }
+
+
+def _fitting_pair(directions: object, terrain: _Terrain) -> list[Weights]:
+    if not isinstance(directions, (tuple, list)) or len(directions) != 2:
+        raise ValueError(
+            "directions are a pair, such as hessian_top_eigenvalues(..., k=2).vectors; or leave them out for random ones"
+        )
+    return [_fitting(each, terrain) for each in directions]
 
 
 def _scaled(direction: Weights, weights: Weights, scale: str) -> Weights:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from sparsetweaks.analysis.evaluation import warn
 from sparsetweaks.masks import masks_by_parameter
-from sparsetweaks.prunable import close_names
+from sparsetweaks.prunable import close_names, zeros_without_mask
 
 Where = str | Iterable[str] | None
+
+
+class UnmaskedZerosWarning(UserWarning):
+    """Weights that look pruned have no mask, and count as kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +63,28 @@ class Subspace:
         """`tensors` by name."""
         return dict(zip(self.parameters, self.tensors(flat), strict=True))
 
+    def random(self, draw: Callable[[Tensor, torch.Generator], Tensor], seed: int) -> Tensor:
+        """A flat random vector in which each parameter is drawn whole, by itself: from `seed` and its name alone.
+
+        So two networks get the same in what they share, whatever else they hold and however they are masked.
+        """
+        return self.flat(
+            [
+                draw(parameter.detach().reshape(-1), _generator_of(seed, name))
+                for name, parameter in self.parameters.items()
+            ]
+        )
+
+
+def new_seed(generator: torch.Generator) -> int:
+    """A seed for `Subspace.random`: one number of `generator`, however large the space."""
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+
+
+def _generator_of(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
 
 def subspace(
     model: nn.Module, masks: Mapping[nn.Parameter, Tensor], *, over: str = "kept", where: Where = None
@@ -68,6 +96,8 @@ def subspace(
         over: `"kept"` or `"all"`.
         where: glob pattern(s) on the names of parameters, or of the modules that hold them.
     """
+    if over == "kept":
+        check_zeros(model, masks)
     trainable = {name: p for name, p in named_weights(model).items() if p.requires_grad}
     if not trainable:
         raise ValueError("the model has no trainable parameter: all are frozen, or there is none")
@@ -83,10 +113,21 @@ def subspace(
     return found
 
 
+def check_zeros(model: nn.Module, masks: Mapping[nn.Parameter, Tensor]) -> None:
+    """Warn of weights that are zero without a mask: the space of a ticket in that form is that of all its weights."""
+    zeros, weights = zeros_without_mask(model, masks)
+    if zeros:
+        warn(
+            f"{zeros:,} of {weights:,} prunable weights without a mask are exactly zero, and count as kept, free to "
+            "move: if they are pruned, give apply_masks(model, find_masks(model, zeros=True)); if not, over='all' says so",
+            UnmaskedZerosWarning,
+        )
+
+
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The floating-point parameters by the weight's own name, as in `find_masks`; a tied one once.
 
-    In alphabetical order, so that one generator draws the same direction whatever form the masks have.
+    In alphabetical order, whatever form the masks have.
     """
     masked = masks_by_parameter(model)
     named = {}
@@ -103,7 +144,11 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def _select(parameters: dict[str, nn.Parameter], where: Where) -> dict[str, nn.Parameter]:
     if where is None:
         return parameters
-    patterns = [where] if isinstance(where, str) else list(where)
+    patterns = [where] if isinstance(where, str) else where
+    if not (isinstance(patterns, Iterable) and (patterns := list(patterns))) or not all(
+        isinstance(pattern, str) for pattern in patterns
+    ):
+        raise ValueError(f"where must be a glob pattern on names, a list of such, or None, got {where!r}")
     chosen = set()
     for pattern in patterns:
         names = {name for name in parameters if any(fnmatchcase(part, pattern) for part in _around(name))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -146,6 +147,116 @@ def test_inputs_that_are_not_finite(each_by_data):
     refused(each_by_data, "is nan|not finite|not numbers", data=(INPUTS * math.nan, TARGETS))
 
 
+def test_data_without_values(each_by_data):
+    refused(each_by_data, "on the meta device and has no values", data=(INPUTS.to("meta"), TARGETS))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Options
+
+COUNTS = (0, -1, 2.5, 3.0, math.nan, math.inf, True, "3", None, [3], torch.tensor(3.0))
+SIZES = (0, -1.0, math.nan, math.inf, True, "1", None, [1.0])
+NAMES = ("mean", "", None, 1, True, ["kept"], {})
+FUNCTIONS = ("tqdm", 1, [print])
+DTYPES = (torch.long, torch.cfloat, "float64", float, 64)
+OPTIONS = [
+    ("hessian_top_eigenvalues", "k", COUNTS, "k must be a whole number, at least 1"),
+    ("hessian_top_eigenvalues", "iterations", COUNTS, "iterations must be a whole number, at least 1"),
+    ("hessian_top_eigenvalues", "tolerance", SIZES, "tolerance must be positive"),
+    ("hessian_top_eigenvalues", "which", NAMES, "which must be 'largest', 'smallest' or 'magnitude'"),
+    ("hessian_top_eigenvalues", "over", NAMES, "over must be 'kept', 'all' or 'both'"),
+    ("hessian_top_eigenvalues", "where", (1, [1], [], b"0", 2.5), "where must be a glob pattern on names"),
+    ("hessian_top_eigenvalues", "batch_norm", NAMES, "batch_norm must be 'eval' or 'train'"),
+    ("hessian_top_eigenvalues", "dtype", DTYPES, "dtype must be a floating-point one"),
+    ("hessian_top_eigenvalues", "chunk_size", COUNTS, "chunk_size must be a whole number, at least 1"),
+    ("hessian_top_eigenvalues", "keep_graph", (1, "no", [True]), "keep_graph must be True or False"),
+    ("hessian_top_eigenvalues", "generator", (0, 7, "seed", {}), r"generator must be a torch\.Generator"),
+    ("hessian_top_eigenvalues", "progress", FUNCTIONS, "progress must be a function"),
+    ("hessian_trace", "probes", (1, *COUNTS), "probes must be a whole number, at least 2"),
+    ("hessian_trace", "progress", FUNCTIONS, "progress must be a function"),
+    ("hessian_density", "probes", COUNTS, "probes must be a whole number, at least 1"),
+    ("hessian_density", "steps", COUNTS, "steps must be a whole number, at least 1"),
+    ("hessian_density", "grid", (1, *COUNTS), "grid must be a whole number, at least 2"),
+    ("hessian_density", "width", SIZES, "width must be positive"),
+    ("flatness", "points", (4, *COUNTS), "points must be"),
+    ("flatness", "radius", SIZES, "radius must be positive"),
+    ("flatness", "generator", (0, "seed"), r"generator must be a torch\.Generator"),
+    ("loss_line", "direction", ({}, [1], {"0.bias": [1.0]}, {0: INPUTS}), "direction"),
+    ("loss_line", "points", (4, *COUNTS), "points must be"),
+    ("loss_line", "radius", SIZES, "radius must be positive"),
+    ("loss_line", "scale", NAMES, "scale must be 'plain' or 'filter'"),
+    ("loss_line", "progress", FUNCTIONS, "progress must be a function"),
+    ("loss_plane", "directions", (1, "random", ALONG, (ALONG,), [1, 2]), "direction"),
+    ("loss_plane", "one_dimensional", (1, None, "yes"), "one_dimensional must be True or False"),
+    ("loss_plane", "over", NAMES, "over must be 'kept', 'all' or 'both'"),
+    ("input_loss_plane", "directions", NAMES, "directions must be 'random' or 'gradient'"),
+    ("input_loss_plane", "points", (4, *COUNTS), "points must be"),
+    ("compare", "analyses", (None, 1, ("hessian",), [1]), "unknown analyses"),
+    ("compare", "progress", FUNCTIONS, "progress must be a function"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "values", "message"), OPTIONS, ids=[f"{each[0]}-{each[1]}" for each in OPTIONS]
+)
+def test_wrong_options(name, option, values, message):
+    given = {"direction": ALONG} if name == "loss_line" else {}
+    model = {"it": network()} if name == "compare" else network()
+    analyse = getattr(analysis, name)
+    default = inspect.signature(analyse).parameters[option].default
+    for value in values:
+        if value is None and default is None:
+            continue
+        with pytest.raises(ValueError, match=message):
+            analyse(model, DATA, F.cross_entropy, **{**given, option: value})
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Code that is given
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Failing(nn.Module):
+    def __init__(self, error: type[Exception]) -> None:
+        super().__init__()
+        self.layer, self.error = nn.Linear(50, 3), error
+
+    def forward(self, inputs):
+        raise self.error("its own words")
+
+
+ERRORS = [KeyError, AttributeError, AssertionError, NotImplementedError, ValueError, IndexError]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_what_a_network_or_a_loss_raises_is_told_as_theirs(error):
+    def failing(outputs, targets):
+        raise error("its own words")
+
+    for name in ("hessian_top_eigenvalues", "hessian_trace", "loss_line between", "loss_plane"):
+        refused(BY_LOSS[name], "the loss fails on .*its own words", loss=failing)
+        if "between" not in name:
+            refused(BY_LOSS[name], "the model fails on .*its own words", model=Failing(error))
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs):
+        return inputs.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gradient.clone()
+
+
+def test_a_function_without_a_second_derivative_is_no_function_without_curvature():
+    once = lambda outputs, targets: F.cross_entropy(Once.apply(outputs), targets)
+    for name in ("hessian_top_eigenvalues", "hessian_trace", "hessian_density", "flatness"):
+        refused(BY_LOSS[name], "can be differentiated only once", loss=once)
+    analysis.gradient_flow(network(), DATA, once)  # which is once
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Losses
 
@@ -170,6 +281,32 @@ def test_wrong_losses(each_by_loss, loss, message):
     refused(each_by_loss, message, loss=loss)
 
 
+CUT = {
+    "hessian_top_eigenvalues": analysis.hessian_top_eigenvalues,
+    "hessian_trace": lambda *given, **by: analysis.hessian_trace(*given, probes=2, **by),
+    "hessian_density": lambda *given, **by: analysis.hessian_density(*given, probes=1, steps=3, **by),
+    "flatness": lambda *given, **by: analysis.flatness(*given, probes=2, points=3, **by),
+    "loss_line": lambda *given, **by: analysis.loss_line(*given, direction=ALONG, points=3, **by),
+    "loss_plane": lambda *given, **by: analysis.loss_plane(*given, points=3, **by),
+    "input_loss_plane": lambda *given, **by: analysis.input_loss_plane(*given, points=3, **by),
+    "gradient_flow": analysis.gradient_flow,
+}
+
+
+@pytest.mark.parametrize("analyse", CUT.values(), ids=CUT)
+def test_a_result_does_not_depend_on_the_chunk_size(analyse):
+    numbers = lambda found: [v for row in found.table() for v in row.values() if isinstance(v, float)]
+    weight = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    mean = lambda outputs, targets: F.cross_entropy(outputs, targets, weight, reduction="sum") / len(targets)
+    whole = numbers(analyse(network(), DATA, mean, dtype=torch.float64))
+    for chunk_size in (1, 4, 6):
+        cut = analyse(network(), DATA, mean, dtype=torch.float64, chunk_size=chunk_size)
+        assert numbers(cut) == pytest.approx(whole, rel=1e-6, abs=1e-12)
+    with pytest.raises(ValueError, match="no mean over examples"):
+        by_batch = nn.CrossEntropyLoss(weight)
+        analyse(network(), DATA, by_batch, dtype=torch.float64, chunk_size=4)
+
+
 def test_targets_out_of_range(each_by_loss):
     refused(each_by_loss, "the loss fails on these outputs and targets", data=(INPUTS, TARGETS + 5))
     with pytest.raises(ValueError, match="class numbers from 0 to 2"):
@@ -192,6 +329,17 @@ def test_a_model_without_a_mask_has_all_its_weights_kept(each):
         work = getattr(found, "work", None)
         if work is not None:
             assert work.dimension == work.weights and "the model has no masks" in str(work)
+
+
+def test_plain_zeros_are_no_mask_and_every_analysis_in_its_space_says_so():
+    model = network()
+    with torch.no_grad():
+        model[3].weight[:2] = 0
+    names = ("hessian_top_eigenvalues", "hessian_trace", "hessian_density", "flatness", "loss_plane")
+    for name in (*names, "loss_line between"):
+        with pytest.warns(analysis.UnmaskedZerosWarning, match="72 of 216 prunable weights") as caught:
+            BY_LOSS[name](model, DATA, F.cross_entropy)
+        assert {each.filename for each in caught} == {__file__}
 
 
 @pytest.mark.parametrize("layer", ["0", "3", "7"])

@@ -14,6 +14,7 @@ from sparsetweaks.analysis.collapse import effective_sparsity
 from sparsetweaks.analysis.comparing import compare
 from sparsetweaks.analysis.flatness import flatness
 from sparsetweaks.analysis.gradient_flow import gradient_flow
+from sparsetweaks.analysis.subspace import UnmaskedZerosWarning
 
 GENERATOR = torch.Generator().manual_seed(0)
 DATA = torch.randn(12, 2, 6, 6, generator=GENERATOR), torch.randint(3, (12,), generator=GENERATOR)
@@ -66,6 +67,27 @@ def test_mistakes_are_named():
         compare({"a": ticket(), "b": nn.Sequential(nn.Linear(9, 3), nn.ReLU())}, DATA, F.cross_entropy)
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module"):
         compare({"a": 3}, DATA, F.cross_entropy)
+    model = ticket()
+    with pytest.raises(ValueError, match="'before' and 'after' are one and the same network: compare copies"):
+        compare({"before": model, "after": model}, DATA, F.cross_entropy)
+    with pytest.raises(ValueError, match="names of networks must be text, got 1"):
+        compare({1: model, "1": ticket()}, DATA, F.cross_entropy)
+    with pytest.raises(ValueError, match="unknown analyses"):
+        compare({"a": model}, DATA, F.cross_entropy, analyses=None)
+
+
+def test_progress_and_plain_zeros():
+    calls = []
+    plain = st.convert_masks(ticket(), to="zeros")
+    with pytest.warns(UnmaskedZerosWarning, match="exactly zero, and count as kept"):
+        compare(
+            {"masked": ticket(), "plain": plain},
+            DATA,
+            F.cross_entropy,
+            analyses=("gradient", "paths"),
+            progress=lambda *call: calls.append(call),
+        )
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_a_segmentation_is_compared():

@@ -8,7 +8,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from sparsetweaks.analysis.evaluation import Batches, Chunk, chunk_loss, mean_loss, undisturbed, working_copy
+from sparsetweaks.analysis.evaluation import (
+    Batches,
+    Chunk,
+    check_cut,
+    chunk_loss,
+    mean_loss,
+    undisturbed,
+    working_copy,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS, TARGETS = torch.randn(11, 3, generator=GENERATOR), torch.randint(2, (11,), generator=GENERATOR)
@@ -118,6 +126,60 @@ def test_a_batch_that_cannot_be_cut():
         list(batches)
     with pytest.raises(ValueError, match="chunk_size"):
         Batches((INPUTS, TARGETS), network(), chunk_size=0)
+
+
+WEIGHTS = torch.tensor([1.0, 5.0])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(weight=WEIGHTS),
+        nn.CrossEntropyLoss(reduction="sum"),
+        lambda outputs, targets: outputs.std(),
+        lambda outputs, targets: F.cross_entropy(outputs, targets) / len(targets),
+    ],
+    ids=["class weights", "a sum", "of pairs", "divided twice"],
+)
+@pytest.mark.parametrize("chunk_size", [1, 7])
+def test_a_loss_that_chunks_would_change_is_refused_where_batches_are_cut(loss, chunk_size):
+    model = working_copy(network())
+    for data in ((INPUTS, TARGETS), [(INPUTS[:1], TARGETS[:1]), (INPUTS[1:], TARGETS[1:])]):
+        batches = Batches(data, model, chunk_size=chunk_size)
+        with pytest.raises(
+            ValueError, match=f"with chunk_size={chunk_size} the loss would be .*Leave chunk_size"
+        ):
+            check_cut(model, batches, loss)
+        for whole in (None, 11):
+            check_cut(model, Batches(data, model, chunk_size=whole), loss)
+
+
+class Several(nn.Module):
+    """Outputs in a mapping, one of them without examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, inputs):
+        return {"scores": self.layer(inputs), "beside": (self.layer.weight.square().sum(), 3)}
+
+
+def test_a_mean_over_examples_may_be_cut():
+    weighted = lambda o, t: F.cross_entropy(o, t, weight=WEIGHTS.to(o.dtype), reduction="sum") / len(t)
+    wrong = lambda o, t: (o.argmax(1) != t).float().mean()
+    for dtype in (torch.float32, torch.float64):
+        model = working_copy(network(), dtype=dtype)
+        whole = Batches((INPUTS, TARGETS), model)
+        for loss in (F.cross_entropy, weighted, wrong, nn.CrossEntropyLoss(label_smoothing=0.1)):
+            for chunk_size in (1, 7, 100):
+                batches = Batches((INPUTS, TARGETS), model, chunk_size=chunk_size)
+                check_cut(model, batches, loss)
+                assert mean_loss(model, batches, loss) == pytest.approx(
+                    mean_loss(model, whole, loss), rel=1e-5
+                )
+    several = lambda o, t: F.cross_entropy(o["scores"], t) + o["beside"][0]
+    check_cut(Several(), Batches((INPUTS, TARGETS), Several(), chunk_size=4), several)
 
 
 def test_wrong_losses_and_inputs_that_do_not_fit():

@@ -38,10 +38,40 @@ def test_the_numbers_are_those_of_the_analyses(over):
         }
     ]
     assert "within 0.3 along" in str(found)
-    assert "eigenvalue" in found.plot().axes[0].get_title()
+    (axes,) = found.plot().axes
+    assert f"{over} weights, eigenvalue {top.values[0]:.3g}" in axes.get_legend().get_texts()[0].get_text()
 
 
-def test_one_space_at_a_time():
+def test_both_spaces_beside_each_other_with_progress():
     model, batch = case()
-    with pytest.raises(ValueError, match="call it for each"):
-        flatness(model, batch, F.cross_entropy, over="both")
+    calls = []
+    options = {"probes": 5, "points": 7}
+    both = flatness(
+        model, batch, F.cross_entropy, over="both", progress=lambda *call: calls.append(call), **options
+    )
+    alone = [flatness(model, batch, F.cross_entropy, over=over, **options) for over in ("kept", "all")]
+    assert both.table() == alone[0].table() + alone[1].table()
+    assert str(both).count("loss 1.") == 2 and "all" in str(both)
+    assert len(both.plot().axes[0].get_legend().get_texts()) == 2
+    assert [most for _, most in calls] == [2 * (200 + 5 + 7)] * len(calls)
+    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+    assert calls[-1] == (424, 424)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"over": "pruned"}, "'kept', 'all' or 'both'"),
+        ({"points": 4}, "odd number"),
+        ({"probes": 1}, "probes must be a whole number, at least 2"),
+        ({"radius": 0}, "radius must be positive"),
+    ],
+)
+def test_wrong_options_are_named_before_anything_is_done(options, message):
+    model, batch = case()
+
+    def untouched(outputs, targets):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=message):
+        flatness(model, batch, untouched, **options)

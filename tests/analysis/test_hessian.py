@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -219,6 +220,16 @@ def test_probes_that_share_a_pass_see_the_same_hessian():
     assert (two.work.products, two.work.gradients) == (11, 3)
 
 
+def test_both_spaces_are_seen_by_the_same_probes():
+    model, _, _, batch = case("mlp")
+    whole = {"where": "4.*", "over": "both", "probes": 3}  # nothing is pruned there: the spaces are one
+    trace = hessian_trace(model, batch, F.cross_entropy, **whole)
+    assert trace.samples == trace.beside.samples
+    density = hessian_density(model, batch, F.cross_entropy, steps=3, **whole)
+    assert density.nodes == density.beside.nodes
+    assert len(set(trace.samples)) == 3
+
+
 def test_the_density_has_the_moments_and_ends_of_the_spectrum():
     model, plain, masks, batch = case("mlp")
     matrix, _ = dense_hessian(plain, masks, batch)
@@ -390,6 +401,17 @@ def test_results_print_plot_and_turn_into_tables():
 
 
 @pytest.mark.parametrize(
+    ("values", "scale"), [((50.0, 0.1), "log"), ((5.0, 0.1), "linear"), ((50.0, -0.1), "linear")]
+)
+def test_eigenvalues_over_decades_are_drawn_logarithmically(values, scale):
+    model, _, _, batch = case("mlp")
+    top = hessian_top_eigenvalues(model, batch, F.cross_entropy, k=2)
+    (axes,) = replace(top, values=values).plot().axes
+    assert axes.get_yscale() == scale
+    assert "loss / weight²" in axes.get_ylabel()
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"k": 0}, "k must be a whole number"),
@@ -430,6 +452,6 @@ def test_wrong_models_data_and_losses():
     root = nn.Linear(5, 3, bias=False).double()
     nn.init.zeros_(root.weight)
     with pytest.raises(ValueError, match="the Hessian is not finite"):
-        hessian_trace(root, batch, lambda o, t: (o.square().mean(dim=0) ** 0.75).mean())
+        hessian_trace(root, batch, lambda o, t: (o.square().mean(dim=0) ** 0.75).mean(), over="all")
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         hessian_trace(model.state_dict(), batch, F.cross_entropy)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsetweaks.analysis.lanczos import (
+    Krylov,
     quadrature,
     random_signs,
     random_vector,
@@ -87,6 +88,68 @@ def test_a_span_that_closes_early_goes_on_elsewhere():
 def test_more_steps_than_dimensions():
     dense = matrix(torch.arange(1.0, 7).double())
     assert solve(dense, k=6).values == pytest.approx([6, 5, 4, 3, 2, 1], rel=1e-10)
+
+
+CLOSE = torch.cat([torch.tensor([1.02, 1.0, 0.6, 0.33]), torch.linspace(-0.01, 0.1, 2000)]).double()
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
+@pytest.mark.parametrize(("k", "tolerance"), [(1, 1e-3), (1, 1e-2), (3, 1e-2)])
+def test_the_top_is_not_missed_for_its_neighbour(k, tolerance, which):
+    eigenvalues = -CLOSE if which == "smallest" else CLOSE.clone()
+    if which == "magnitude":
+        eigenvalues[1] *= -1
+    expected = eigenvalues[:k]
+    for seed in range(
+        20
+    ):  # with a test of the residual alone every second start ends at the neighbour, for k = 1
+        generator = torch.Generator().manual_seed(seed)
+        found = top_eigenpairs(
+            lambda vector: eigenvalues * vector,
+            random_vector(eigenvalues, generator),
+            k=k,
+            which=which,
+            tolerance=tolerance,
+            iterations=100,
+            generator=generator,
+        )
+        assert found.converged
+        assert found.values == pytest.approx(expected.tolist(), rel=tolerance)
+
+
+def test_a_start_without_the_top_is_never_taken_for_converged_where_it_is_told_apart():
+    start = torch.ones(2004, dtype=torch.float64)
+    start[0] = 1e-3  # a start in ten has so little of the top, not one in a hundred
+    generator = torch.Generator().manual_seed(0)
+    options = {"k": 1, "which": "largest", "iterations": 100, "generator": generator}
+    found = top_eigenpairs(lambda v: CLOSE * v, start, tolerance=1e-3, **options)
+    assert found.values == pytest.approx([1.02], rel=1e-3)
+    start[0] = 0  # nothing can be told of what the products never see
+    found = top_eigenpairs(lambda v: CLOSE * v, start, tolerance=1e-3, **options)
+    assert found.values == pytest.approx([1.0], rel=1e-3)
+
+
+@pytest.mark.parametrize("restarts", [0, 1, 5])
+def test_the_newest_direction_is_the_polynomial_of_all_ritz_values_of_the_start(restarts):
+    generator = torch.Generator().manual_seed(0)
+    start = random_vector(CLOSE, generator)
+    krylov = Krylov(start, generator)
+    for _ in range(restarts + 1):
+        while len(krylov.projected) < 6:
+            krylov.extend(lambda vector: CLOSE * vector)
+            values, inner = torch.linalg.eigh(krylov.projected)
+            if len(krylov.projected) < 6:
+                krylov.advance(negligible=0)
+        if len(krylov.left) < 3 * restarts:
+            krylov.restart(values, inner, values.argsort(descending=True), 3)
+            krylov.advance(negligible=0)
+    zeros = torch.cat([values, krylov.left])
+    assert len(zeros) == 6 + 3 * restarts
+    sizes = ((CLOSE[:, None] - zeros).abs().log().sum(dim=1) - krylov.log_scale(0)).exp()
+    expected = (krylov.rest / krylov.beta * start.norm() / start).abs()
+    assert torch.allclose(
+        sizes[3:], expected[3:], rtol=1e-6, atol=1e-9
+    )  # the three kept are found to the last digit
 
 
 def test_errors_of_values_use_the_gap_only_where_there_is_one():

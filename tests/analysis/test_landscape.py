@@ -175,6 +175,41 @@ def test_the_intersection_of_the_masks_restricts_both_ends():
     assert loss_line(first, batch(), F.cross_entropy, to=first).barrier == pytest.approx(0, abs=1e-12)
 
 
+class Attending(nn.Module):
+    """Adds buffers to its scores, whose names end as masks' do."""
+
+    def __init__(self, causal: float = -math.inf, shift: float = 0.0, allowed: bool = True) -> None:
+        super().__init__()
+        self.score = nn.Linear(3, 3).double()
+        self.register_buffer("attn_mask", torch.triu(torch.full((3, 3), causal), 1).double())
+        self.register_buffer("soft_mask", torch.full((3,), shift).double())
+        self.register_buffer("allowed_mask", torch.tensor([allowed, True, True]))
+
+    def forward(self, inputs):
+        scores = (self.score(inputs)[:, None] + self.attn_mask).softmax(2).sum(1) + self.soft_mask
+        return scores * self.allowed_mask
+
+
+def test_buffers_between_two_networks_are_interpolated_unless_they_are_equal():
+    data = torch.randn(8, 3).double(), torch.randint(3, (8,))
+    first, second = Attending(), Attending(shift=1.0)
+    second.soft_mask[0] = 3
+    line = loss_line(first, data, F.cross_entropy, to=second, points=3)
+    for t, value in zip(line.positions, line.losses, strict=True):
+        moved = copy_model(first)
+        with torch.no_grad():
+            for parameter, end in zip(moved.parameters(), second.parameters(), strict=True):
+                parameter.copy_((1 - t) * parameter + t * end)
+            moved.soft_mask.copy_(t * second.soft_mask)
+            assert value == pytest.approx(F.cross_entropy(moved(data[0]), data[1]).item(), rel=1e-12)
+    same = loss_line(first, data, F.cross_entropy, to=first, points=11)
+    assert len(set(same.losses)) == 1  # to the bit
+    with pytest.raises(ValueError, match="'attn_mask' is infinite in one network"):
+        loss_line(first, data, F.cross_entropy, to=Attending(causal=-1.0))
+    with pytest.raises(ValueError, match=r"'allowed_mask' \(torch\.bool\) differs"):
+        loss_line(first, data, F.cross_entropy, to=Attending(allowed=False))
+
+
 def test_statistics_are_estimated_anew_at_each_point():
     first, second = plain(0), plain(1)
     data = [tuple(part[:13] for part in batch()), tuple(part[13:] for part in batch())]
@@ -287,6 +322,42 @@ def test_random_directions_by_option(monkeypatch):
     assert sum(part.square().sum() for part in first.values()).item() == pytest.approx(1)
 
 
+def test_a_parameter_has_the_same_direction_whatever_else_there_is(monkeypatch):
+    model = masked()
+    _, before, _ = directions_of(monkeypatch, model)
+    longer = nn.Sequential(*masked(), nn.Linear(3, 3).double())
+    _, after, _ = directions_of(monkeypatch, longer)
+    denser = apply_masks(plain(), {"0.weight": masks_of(0)["0.weight"]})
+    _, unmasked, _ = directions_of(monkeypatch, denser)
+    for one, two, three in zip(before, after, unmasked, strict=True):
+        for name in ("0.weight", "4.weight", "6.weight"):
+            assert torch.allclose(one[name], two[name], atol=1e-12)
+        for name in ("0.weight", "6.weight"):
+            assert torch.allclose(one[name], three[name], atol=1e-12)
+        own, whole = one["4.weight"][1], three["4.weight"][1]  # a filter scaled by what it keeps
+        mask = masks_of(0)["4.weight"][1]
+        assert torch.allclose(own / own.norm(), whole * mask / (whole * mask).norm(), atol=1e-12)
+
+
+def test_planes_over_both_spaces_are_those_of_each_alone():
+    model, calls = masked(), []
+    both = loss_plane(
+        model, batch(), F.cross_entropy, points=3, over="both", progress=lambda *call: calls.append(call)
+    )
+    for plane, over in ((both, "kept"), (both.beside, "all")):
+        alone = loss_plane(model, batch(), F.cross_entropy, points=3, over=over)
+        assert (plane.over, plane.losses) == (over, alone.losses)
+    assert both.losses != both.beside.losses
+    assert calls == [(number, 18) for number in range(1, 19)]
+    assert [row["over"] for row in both.table()] == ["kept"] * 9 + ["all"] * 9
+    assert "over the kept weights" in str(both) and "over all weights" in str(both)
+    titles = [axes.get_title() for axes in both.plot().axes]
+    assert titles[:2] == ["over the kept weights", "over all weights"]
+    given = loss_plane(model, batch(), F.cross_entropy, directions=(GIVEN, GIVEN), points=3)
+    assert given.over == "given"
+    assert input_loss_plane(model, batch(), F.cross_entropy, points=3).over == "inputs"
+
+
 def test_a_plane_of_given_directions():
     model = masked()
     top = hessian_top_eigenvalues(model, batch(), F.cross_entropy, k=2)
@@ -299,7 +370,7 @@ def test_a_plane_of_given_directions():
     assert plane.rise == max(map(max, plane.losses)) - plane.center
 
 
-@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize("chunk_size", [None, 1, 7, 20])
 @pytest.mark.parametrize("directions", ["random", "gradient"])
 def test_an_input_plane(directions, chunk_size):
     model = masked()
@@ -317,26 +388,24 @@ def test_an_input_plane(directions, chunk_size):
     inputs, targets = batch()
     firsts, seconds = [], []
     network = copy_model(model).eval()
-    for part, labels in zip(inputs.split(chunk_size or 20), targets.split(chunk_size or 20), strict=True):
-        if directions == "gradient":
-            leaf = part.clone().requires_grad_()
-            F.cross_entropy(network(leaf), labels).backward()
-            firsts.append(leaf.grad.sign())
-            seconds.append(
-                torch.randint(2, (part.numel(),), generator=generator).reshape(part.shape) * 2.0 - 1
-            )
-            continue
+    if directions == "gradient":
+        leaf = inputs.clone().requires_grad_()
+        F.cross_entropy(network(leaf), targets).backward()
+        firsts.append(leaf.grad.sign())
+        seconds.append(
+            torch.randint(2, (inputs.numel(),), generator=generator).reshape(inputs.shape) * 2.0 - 1
+        )
+    else:
         one, two = (
-            torch.randn(part.numel(), generator=generator, dtype=torch.float64).reshape(part.shape)
+            torch.randn(inputs.numel(), generator=generator, dtype=torch.float64).reshape(20, -1)
             for _ in range(2)
         )
-        for number in range(len(part)):
-            basis, _ = torch.linalg.qr(torch.stack([one[number].reshape(-1), two[number].reshape(-1)], dim=1))
-            signs = torch.sign(
-                (basis * torch.stack([one[number].reshape(-1), two[number].reshape(-1)], 1)).sum(0)
-            )
-            firsts.append((5 * signs[0] * basis[:, 0]).reshape(1, 1, 5, 5))  # the root of 25 elements
-            seconds.append((5 * signs[1] * basis[:, 1]).reshape(1, 1, 5, 5))
+        for pair in zip(one, two, strict=True):
+            drawn = torch.stack(pair, dim=1)
+            basis, _ = torch.linalg.qr(drawn)
+            turned = 5 * basis * torch.sign((basis * drawn).sum(0))  # 5: the root of 25 elements
+            firsts.append(turned[:, 0].reshape(1, 1, 5, 5))
+            seconds.append(turned[:, 1].reshape(1, 1, 5, 5))
     first, second = torch.cat(firsts), torch.cat(seconds)
     for y, row in zip(plane.ys, plane.losses, strict=True):
         for x, value in zip(plane.xs, row, strict=True):
@@ -453,7 +522,7 @@ GIVEN = {"6.bias": torch.ones(3)}
         ({"to": nn.Linear(1, 1), "points": 1}, "at least 2"),
         ({"direction": GIVEN, "masks": "intersection"}, "masks= is about two networks"),
         ({"direction": GIVEN, "masks": "both"}, "'union' or 'intersection'"),
-        ({"direction": GIVEN, "scale": "layer"}, "'plain' .* or 'filter'"),
+        ({"direction": GIVEN, "scale": "layer"}, "'plain' or 'filter'"),
         ({"direction": GIVEN, "points": 4}, "odd number"),
         ({"direction": GIVEN, "radius": -1.0}, "radius must be positive"),
         ({"direction": GIVEN, "batch_norm": "none"}, "'eval', 'train' or 'reestimate'"),
@@ -475,8 +544,11 @@ def test_wrong_planes_and_data():
     wider[6] = nn.Linear(8, 4).double()
     with pytest.raises(ValueError, match=r"'6\.bias' has shape"):
         loss_line(model, data, F.cross_entropy, to=wider)
-    with pytest.raises(ValueError, match="'kept' or 'all'"):
-        loss_plane(model, data, F.cross_entropy, over="both")
+    with pytest.raises(ValueError, match="'kept', 'all' or 'both'"):
+        loss_plane(model, data, F.cross_entropy, over="pruned")
+    for directions in (GIVEN, (GIVEN,), (GIVEN, GIVEN, GIVEN), "random"):
+        with pytest.raises(ValueError, match="directions are a pair"):
+            loss_plane(model, data, F.cross_entropy, directions=directions)
     with pytest.raises(ValueError, match="about random directions"):
         loss_plane(model, data, F.cross_entropy, directions=(GIVEN, GIVEN), where="6")
     with pytest.raises(ValueError, match="one_dimensional=True"):

@@ -8,7 +8,8 @@ from torch import nn
 from torch.ao.pruning.sparsifier.utils import FakeSparsity
 from torch.nn.utils import parametrize, prune
 
-from sparsetweaks.analysis.subspace import named_weights, subspace
+from sparsetweaks.analysis.lanczos import random_signs, random_vector
+from sparsetweaks.analysis.subspace import UnmaskedZerosWarning, named_weights, new_seed, subspace
 from sparsetweaks.copying import copy_model
 from sparsetweaks.masks import apply_masks, find_masks, lift_masks
 
@@ -75,6 +76,24 @@ def test_nothing_left_to_move():
         subspace(model, lift_masks(model))
 
 
+def test_zeros_without_a_mask_are_told_with_what_to_call():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[1].weight[:3] = 0
+    message = (
+        r"108 of 180 prunable weights .* apply_masks\(model, find_masks\(model, zeros=True\)\).*over='all'"
+    )
+    with pytest.warns(UnmaskedZerosWarning, match=message) as caught:
+        assert subspace(model, {}).dimension == sum(p.numel() for p in model.parameters())
+    assert caught[0].filename == __file__
+    subspace(model, {}, over="all")  # where it makes no difference, nothing is said
+    masked = apply_masks(model, find_masks(model, zeros=True))
+    subspace(masked, lift_masks(masked))
+    partly = apply_masks(model, {"0.weight": torch.rand(4, 1, 3, 3) > 0.5})
+    with pytest.warns(UnmaskedZerosWarning, match="108 of 144"):
+        subspace(partly, lift_masks(partly))
+
+
 def test_a_tied_weight_is_one_coordinate_and_other_memory_formats_round_trip():
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(2, 3, 3)).to(memory_format=torch.channels_last)
     model[1].weight = model[0].weight
@@ -84,3 +103,32 @@ def test_a_tied_weight_is_one_coordinate_and_other_memory_formats_round_trip():
     weights = [parameter.detach() for parameter in space.parameters.values()]
     for tensor, weight in zip(space.tensors(space.flat(weights)), weights, strict=True):
         assert torch.equal(tensor, weight)
+
+
+@pytest.mark.parametrize("draw", [random_vector, random_signs])
+def test_what_a_parameter_gets_depends_on_no_other_and_on_no_mask(draw):
+    model = network("buffers")
+    larger = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2), nn.Linear(2, 5))
+    other = apply_masks(larger, {"2.weight": torch.tensor([[True, False], [False, True]])})
+    spaces = {
+        "kept": subspace(model, lift_masks(model)),
+        "all": subspace(model, {}, over="all"),
+        "one": subspace(model, {}, where="2.weight"),
+        "larger": subspace(other, lift_masks(other)),
+    }
+    drawn = {name: space.named(space.random(draw, 7)) for name, space in spaces.items()}
+    assert torch.equal(drawn["kept"]["0.weight"], drawn["all"]["0.weight"] * MASK)
+    assert torch.equal(drawn["one"]["2.weight"], drawn["all"]["2.weight"])
+    for name in ("0.weight", "0.bias", "2.bias"):
+        assert torch.equal(drawn["larger"][name], drawn["all"][name])
+    assert not torch.equal(drawn["all"]["0.bias"], drawn["all"]["2.bias"])  # of one shape, and not the same
+    again = [spaces["all"].random(draw, seed) for seed in (7, 8)]
+    assert torch.equal(spaces["all"].flat(list(drawn["all"].values())), again[0])
+    assert not torch.equal(*again)
+
+
+def test_one_number_is_taken_of_a_generator_for_each_vector():
+    generator = torch.Generator().manual_seed(3)
+    seeds = [new_seed(generator) for _ in range(3)]
+    assert len(set(seeds)) == 3
+    assert [new_seed(generator.manual_seed(3))] == seeds[:1]
