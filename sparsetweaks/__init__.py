@@ -7,7 +7,7 @@ from sparsetweaks.converting import convert_masks
 from sparsetweaks.copying import copy_model
 from sparsetweaks.cost import cost
 from sparsetweaks.counting import sparsity
-from sparsetweaks.errors import NoEffectWarning, SurgeryError
+from sparsetweaks.errors import NoEffectWarning, SurgeryError, UnmaskedZerosWarning
 from sparsetweaks.export import export, load_sparse, remove_masks
 from sparsetweaks.keeping import keep_masks
 from sparsetweaks.masks import apply_masks, find_masks, rewind
@@ -28,6 +28,7 @@ __all__ = [
     "NoEffectWarning",
     "SoftLabelLoss",
     "SurgeryError",
+    "UnmaskedZerosWarning",
     "Verification",
     "anneal_ghosts",
     "apply_masks",

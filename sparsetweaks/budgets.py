@@ -44,7 +44,7 @@ def match_budget(
 
     Args:
         model: a masked model. One without any mask is pruned by its prunable weights, as `prune` would. Exact zeros of
-            prunable weights without a mask, more than by chance, count as pruned, with a `UserWarning`, as in `cost`. It
+            prunable weights without a mask, more than by chance, count as pruned, as in `cost`. It
             is not changed.
         nonzeros: how many shall be left of what `of` says.
         of: what is counted: `"parameters"`, all parameters that no mask removes, those of normalisation, biases and

@@ -114,8 +114,8 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
     another question.
 
     *Plain zeros* count as if a mask removed them: exact zeros of prunable weights (`prunable_weights`) without a mask,
-    where there are more than may be so by chance (one in 10,000). A `UserWarning` says so, as only you know whether a
-    pruner left them or they are to be trained; a mask, of either kind, settles it.
+    where there are more than may be so by chance (one in 10,000). An `UnmaskedZerosWarning` says so, as only you know
+    whether a pruner left them or they are to be trained; a mask, of either kind, settles it.
 
     *Peak activation memory* is the largest sum of bytes, at any moment of one forward in evaluation mode without
     gradients, of the memory that live tensors hold other than parameters and buffers: inputs, intermediate results and

@@ -133,8 +133,8 @@ def sparsity(
     adds a dense projection per skip, several times what survives at 97 %.
 
     *Plain zeros*, those of layers without a mask, count as removed, where there are more than may be so by chance (one
-    in 10,000). A `UserWarning` says so, as only you know whether a pruner left them or they are to be trained; a mask,
-    of either kind, settles it.
+    in 10,000). An `UnmaskedZerosWarning` says so, as only you know whether a pruner left them or they are to be trained; a
+    mask, of either kind, settles it.
 
     Args:
         model: any module, masked or not. It is only read.

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.sparse import SparseSemiStructuredTensor
 
 from sparsetweaks.copying import check_model
-from sparsetweaks.errors import SurgeryError
+from sparsetweaks.errors import SurgeryError, UnmaskedZerosWarning
 from sparsetweaks.forms import parameter_behind
 
 Selector = str | type | Callable[[str, nn.Module], bool]
@@ -203,7 +203,7 @@ def warn_of_zeros(zeros: Mapping[nn.Parameter, Tensor]) -> None:
         text = (
             f"{about_zeros(zeros)}; if they are to be trained, one that keeps them. Here they count as pruned"
         )
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, UnmaskedZerosWarning, stacklevel=3)
 
 
 def how_to_mask(model: nn.Module) -> str:

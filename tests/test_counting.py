@@ -7,6 +7,7 @@ from small_models import Added, small_model
 from torch import nn
 
 from sparsetweaks.counting import sparsity
+from sparsetweaks.errors import UnmaskedZerosWarning
 from sparsetweaks.pruning import prune
 
 
@@ -37,7 +38,7 @@ def test_a_layer_without_a_mask_shows_no_sparsity_or_that_of_its_plain_zeros():
     model = small_model()
     assert "no mask" in str(sparsity(model))
     nn.init.zeros_(model[0].weight)
-    with pytest.warns(UserWarning, match="72 of the 216 prunable weights"):
+    with pytest.warns(UnmaskedZerosWarning, match="72 of the 216 prunable weights"):
         report = sparsity(model)
     first, second = report.layers
     assert (first.sparsity, first.masked, first.zeros) == (1.0, False, 72)

@@ -37,7 +37,7 @@ def zeros(ticket) -> nn.Module:
 
 
 def test_cost_counts_what_is_not_zero(ticket, zeros):
-    with pytest.warns(UserWarning, match=TOLD) as told:
+    with pytest.warns(st.UnmaskedZerosWarning, match=TOLD) as told:
         found = st.cost(zeros, INPUTS)
     assert len(told) == 1 and told[0].filename == __file__
     assert found.modules == st.cost(ticket, INPUTS).modules
@@ -46,7 +46,7 @@ def test_cost_counts_what_is_not_zero(ticket, zeros):
 
 
 def test_sparsity_counts_what_is_not_zero(ticket, zeros):
-    with pytest.warns(UserWarning, match=TOLD) as told:
+    with pytest.warns(st.UnmaskedZerosWarning, match=TOLD) as told:
         found = st.sparsity(zeros)
     assert len(told) == 1 and told[0].filename == __file__
     wanted = st.sparsity(ticket)
@@ -62,19 +62,22 @@ def test_only_what_counts_as_prunable_counts_as_pruned():
         warnings.simplefilter("error")
         assert st.cost(model, INPUTS).nonzeros == sum(p.numel() for p in model.parameters())
         assert st.sparsity(model).overall == 0
-    with pytest.warns(UserWarning, match="16 of the 16 prunable weights"):
+    with pytest.warns(st.UnmaskedZerosWarning, match="16 of the 16 prunable weights"):
         assert st.sparsity(model, include="5").overall == 1
 
 
 def test_a_budget_is_of_what_is_not_zero(ticket, zeros):
     budget = st.cost(ticket, INPUTS).nonzeros - 10
-    with pytest.warns(UserWarning, match=TOLD) as told:
+    with pytest.warns(st.UnmaskedZerosWarning, match=TOLD) as told:
         matched = st.match_budget(zeros, budget)
     assert len(told) == 1 and told[0].filename == __file__
     wanted = st.find_masks(st.match_budget(ticket, budget))
     assert all(torch.equal(st.find_masks(matched)[name], mask) for name, mask in wanted.items())
     assert st.cost(matched, INPUTS).nonzeros == budget
-    with pytest.warns(UserWarning, match=TOLD), pytest.raises(ValueError, match="masks only shrink"):
+    with (
+        pytest.warns(st.UnmaskedZerosWarning, match=TOLD),
+        pytest.raises(ValueError, match="masks only shrink"),
+    ):
         st.match_budget(zeros, budget + 11)
 
 
@@ -83,10 +86,10 @@ def test_a_budget_of_what_is_masked_in_part():
     both = st.prune(model, 0.5, scope="layer")
     part = st.copy_model(both)
     del part[1]._buffers["weight_mask"]
-    with pytest.warns(UserWarning, match="288 of the 576 prunable weights"):
+    with pytest.warns(st.UnmaskedZerosWarning, match="288 of the 576 prunable weights"):
         before = st.cost(part, INPUTS)
     assert before.modules == st.cost(both, INPUTS).modules
-    with pytest.warns(UserWarning, match="288 of the 576 prunable weights"):
+    with pytest.warns(st.UnmaskedZerosWarning, match="288 of the 576 prunable weights"):
         matched = st.match_budget(part, before.nonzeros - 5)
     assert st.cost(matched, INPUTS).nonzeros == before.nonzeros - 5
 

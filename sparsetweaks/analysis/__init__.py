@@ -16,7 +16,6 @@ from sparsetweaks.analysis.hessian import (
     hessian_trace,
 )
 from sparsetweaks.analysis.landscape import LossLine, LossPlane, input_loss_plane, loss_line, loss_plane
-from sparsetweaks.analysis.subspace import UnmaskedZerosWarning
 
 __all__ = [
     "ActivationSparsity",
@@ -31,7 +30,6 @@ __all__ = [
     "NotConvergedWarning",
     "TopEigenvalues",
     "Trace",
-    "UnmaskedZerosWarning",
     "activation_sparsity",
     "calibration",
     "compare",

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsetweaks.analysis.evaluation import warn
+from sparsetweaks.errors import UnmaskedZerosWarning
 from sparsetweaks.masks import masks_by_parameter
-from sparsetweaks.prunable import close_names, zeros_without_mask
+from sparsetweaks.prunable import about_zeros, close_names, plain_zeros, select_weights
 
 Where = str | Iterable[str] | None
-
-
-class UnmaskedZerosWarning(UserWarning):
-    """Weights that look pruned have no mask, and count as kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +112,12 @@ def subspace(
 
 def check_zeros(model: nn.Module, masks: Mapping[nn.Parameter, Tensor]) -> None:
     """Warn of weights that are zero without a mask: the space of a ticket in that form is that of all its weights."""
-    zeros, weights = zeros_without_mask(model, masks)
+    zeros = plain_zeros(select_weights(model), masks)
     if zeros:
-        warn(
-            f"{zeros:,} of {weights:,} prunable weights without a mask are exactly zero, and count as kept, free to "
-            "move: if they are pruned, give apply_masks(model, find_masks(model, zeros=True)); if not, over='all' says so",
-            UnmaskedZerosWarning,
+        text = (
+            f"{about_zeros(zeros)}; if not, over='all' says so. Here they count as kept, and are free to move"
         )
+        warn(text, UnmaskedZerosWarning)
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -337,7 +337,7 @@ def test_plain_zeros_are_no_mask_and_every_analysis_in_its_space_says_so():
         model[3].weight[:2] = 0
     names = ("hessian_top_eigenvalues", "hessian_trace", "hessian_density", "flatness", "loss_plane")
     for name in (*names, "loss_line between"):
-        with pytest.warns(analysis.UnmaskedZerosWarning, match="72 of 216 prunable weights") as caught:
+        with pytest.warns(st.UnmaskedZerosWarning, match="72 of the 216 prunable weights") as caught:
             BY_LOSS[name](model, DATA, F.cross_entropy)
         assert {each.filename for each in caught} == {__file__}
 

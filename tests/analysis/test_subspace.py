@@ -9,8 +9,9 @@ from torch.ao.pruning.sparsifier.utils import FakeSparsity
 from torch.nn.utils import parametrize, prune
 
 from sparsetweaks.analysis.lanczos import random_signs, random_vector
-from sparsetweaks.analysis.subspace import UnmaskedZerosWarning, named_weights, new_seed, subspace
+from sparsetweaks.analysis.subspace import named_weights, new_seed, subspace
 from sparsetweaks.copying import copy_model
+from sparsetweaks.errors import UnmaskedZerosWarning
 from sparsetweaks.masks import apply_masks, find_masks, lift_masks
 
 MASK = torch.tensor([[True, False, True], [False, False, True]])
@@ -80,9 +81,7 @@ def test_zeros_without_a_mask_are_told_with_what_to_call():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2))
     with torch.no_grad():
         model[1].weight[:3] = 0
-    message = (
-        r"108 of 180 prunable weights .* apply_masks\(model, find_masks\(model, zeros=True\)\).*over='all'"
-    )
+    message = r"108 of the 180 prunable weights .* apply_masks\(model, find_masks\(model, zeros=True\)\).*over='all'"
     with pytest.warns(UnmaskedZerosWarning, match=message) as caught:
         assert subspace(model, {}).dimension == sum(p.numel() for p in model.parameters())
     assert caught[0].filename == __file__
@@ -90,7 +89,7 @@ def test_zeros_without_a_mask_are_told_with_what_to_call():
     masked = apply_masks(model, find_masks(model, zeros=True))
     subspace(masked, lift_masks(masked))
     partly = apply_masks(model, {"0.weight": torch.rand(4, 1, 3, 3) > 0.5})
-    with pytest.warns(UnmaskedZerosWarning, match="108 of 144"):
+    with pytest.warns(UnmaskedZerosWarning, match="108 of the 144"):
         subspace(partly, lift_masks(partly))
 
 
