@@ -44,6 +44,7 @@ FLOORS = (
     ["analysis.flatness"],
     ["analysis.comparing"],
     ["display.amounts", "display.style", "display.parts"],
+    ["display.differences"],
     ["display.facts"],
     ["display.text", "display.html"],
     ["display.overview"],
