@@ -36,7 +36,7 @@ FLOORS = (
     ["verifying"],
     ["tweaks"],
     ["analysis.shown"],
-    ["analysis.evaluation", "analysis.figures", "analysis.subspace"],
+    ["analysis.evaluation", "analysis.figures", "analysis.subspace", "analysis.units"],
     ["analysis.activations", "analysis.calibration", "analysis.collapse"],
     ["analysis.curvature", "analysis.lanczos"],
     ["analysis.gradient_flow", "analysis.hessian"],
