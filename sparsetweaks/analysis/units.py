@@ -7,7 +7,6 @@ permutations. Behind anything else nothing is known, and nothing is said.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparsetweaks.analysis.pointwise import works_number_by_number
 
 _LAST = ("linear", "embedding")
 _BEFORE_POSITIONS = {
@@ -96,7 +97,7 @@ class Units:
             return None if known is None else _permuted(function, first, known, given, named)
         if name in _KEPT:
             tensors = [first]
-        elif not _works_number_by_number(name):
+        elif not works_number_by_number(name):
             return None
         places = [(each, at) for each in tensors if (at := self.of(each)) is not None]
         if len({at - each.ndim for each, at in places}) != 1:
@@ -129,15 +130,3 @@ def _permuted(
     probe = torch.empty([2 if i == dimension else 1 for i in range(tensor.ndim)], device="meta")
     swapped = pytree.tree_map(lambda each: probe if each is tensor else each, (given, dict(named)))
     return list(function(*swapped[0], **swapped[1]).shape).index(2)
-
-
-@functools.cache
-def _works_number_by_number(name: str) -> bool:
-    """Whether PyTorch calls the operator of this name pointwise: `add`, `add_`, `__radd__`, ..."""
-    bare = name.strip("_")
-    for each in (bare, bare[1:] if name.startswith("__") else bare):
-        packet = getattr(torch.ops.aten, each, None)
-        overloads = packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else ()
-        if any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in overloads):
-            return True
-    return False
