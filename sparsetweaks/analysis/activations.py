@@ -111,8 +111,8 @@ class ActivationSparsity:
 
     def __str__(self) -> str:
         known = [site for site in self.sites if site.dead is not None]
-        dead = f"{_sum(site.dead for site in known):,} dead units"
-        if len(known) < len(self.sites):
+        dead = f"{_sum(site.dead for site in known):,} dead units" if known else "units not known"
+        if 0 < len(known) < len(self.sites):
             dead += f" at the {len(known)} of {len(self.sites)} sites where units are known"
         head = (
             f"activations of {self.examples:,} examples: {100 * self.zeros:.2f} % exactly zero, "
@@ -177,8 +177,8 @@ def activation_sparsity(
         >>> found.zeros, found.dead
         (1.0, 3)
     """
-    if not threshold >= 0:
-        raise ValueError(f"threshold must be at least 0, got {threshold}")
+    if not isinstance(threshold, (int, float)) or not threshold >= 0:
+        raise ValueError(f"threshold must be at least 0, a number, got {threshold!r}")
     network = working_copy(model, batch_norm=batch_norm)
     counter = _Counter(threshold)
     examples = 0

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from sparsetweaks.analysis.evaluation import call, table_text, undisturbed, working_copy
 from sparsetweaks.analysis.figures import COLORS, label, new_figure
 from sparsetweaks.analysis.paths import Passing
+from sparsetweaks.calling import tensors
 from sparsetweaks.forms import masked_places
 from sparsetweaks.masks import masks_by_parameter
 from sparsetweaks.prunable import select_weights
@@ -165,12 +166,16 @@ def layer_collapse(model: nn.Module, inputs: Any) -> LayerPathsReport:
     Returns:
         For each weight how many are kept, and how many of these are on a path for inputs of this shape (a tap of a
         kernel that only ever meets padding is on none). Exact where forwards consist of convolutions, linear and
-        embedding layers, normalisations, the activations known by name, sums, differences, products, means, pooling,
-        attention, and moving of values about. A forward that branches on values takes one branch.
+        embedding layers, normalisations, what works number by number on one tensor (activations, powers), sums,
+        differences, products, means, the largest of several, pooling, attention, and moving of values about. Any other
+        operation is named in `opened` and taken to let everything through: no path is missed, and what is found to have
+        collapsed has. A forward that branches on values takes one branch; numbers that it reads out of tensors are no
+        path.
 
     Raises:
         ValueError: the model fails on the inputs, has no weights to follow, or puts out nothing that depends on them
-            other than through values; or the number of paths overflows even so.
+            other than through values; part of it is scripted, compiled or checkpointed, and cannot be followed; or the
+            number of paths overflows even so.
 
     Example:
         >>> import sparsetweaks as st
@@ -242,7 +247,7 @@ def _weights(network: nn.Module) -> dict[str, nn.Parameter]:
     """What is counted, by name: the weights of convolutions and linear layers, and whatever else has a mask."""
     layers = {w.parameter: w.name for w in select_weights(network, include=lambda name, module: True)}
     names = {place.parameter: place.name for place in masked_places(network)} | layers
-    return {names[p]: p for p in network.parameters() if p in names}
+    return {names[p]: p for p in network.parameters() if p in names and p.numel() > 0}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -297,9 +302,13 @@ def _run(network: nn.Module, passing: Passing, given: Mapping[str, Any], inputs:
                 name: value.clone() if name in passing.starts else value for name, value in given.items()
             }
             outputs = call(network, entered if isinstance(inputs, Mapping) else tuple(entered.values()))
-    except (RuntimeError, TypeError, IndexError) as error:
-        shapes = ", ".join(str(tuple(v.shape)) for v in given.values() if isinstance(v, Tensor))
-        raise ValueError(f"the model fails on inputs of shape {shapes}: {error}") from error
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(given))
+        raise ValueError(
+            f"the model fails on inputs of shape {shapes}: {type(error).__name__}: {error}"
+        ) from error
     parts = [
         leaf
         for leaf in pytree.tree_leaves(_plain(outputs))
@@ -326,7 +335,10 @@ def _derivatives(
     if not starts:
         raise ValueError("the inputs hold no floating-point tensor, and nothing is looked up in an embedding")
     if not output.requires_grad:
-        return [None] * len(weights), dict.fromkeys(starts, False)
+        raise ValueError(
+            "what the model puts out depends on nothing by any function of torch: numbers that a forward reads out of "
+            "tensors (.item(), .tolist(), comparisons) are no path"
+        )
     by_input = _derivative(output, list(starts.values()), create_graph=True)
     reached = {name: part is not None and bool((part != 0).any()) for name, part in zip(starts, by_input)}
     paths = [part.sum() for part in by_input if part is not None]

@@ -47,11 +47,11 @@ class Passing(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "").partition(".")[0]  # an overload is called `relu.default`
-        args, kwargs = pytree.tree_map(self._arrived, (args, kwargs or {}))
+        args, kwargs = _mapped(self._arrived, (args, kwargs or {}))
         result = self._computed(name, func, args, kwargs)
         if name == "__iter__":
             result = list(result)
-        result = pytree.tree_map(_in_double, result)
+        result = _mapped(_in_double, result)
         for each in _tensors((args, result)):  # an argument may have been written to
             if each.requires_grad:
                 self._stand_ins.setdefault(each, None)
@@ -70,7 +70,7 @@ class Passing(TorchFunctionMode):
             result = _REPLACEMENTS[name](*args, **kwargs)
             return _levelled(result) if name in _LEVELLED and isinstance(result, Tensor) else result
         if name in _MULTILINEAR and not complex_too:
-            args, kwargs = pytree.tree_map(_constant_tensor, (args, kwargs))
+            args, kwargs = _mapped(_constant_tensor, (args, kwargs))
             return _levelled(func(*args, **kwargs))
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0]
@@ -100,7 +100,7 @@ class Passing(TorchFunctionMode):
         if not any(each.requires_grad for each in _tensors(result)):
             return result  # sizes, comparisons, new tensors of the same shape
         self.opened[name] = None
-        return pytree.tree_map(
+        return _mapped(
             lambda each: (
                 _reached(each, entering, by_number)
                 if isinstance(each, Tensor) and each.requires_grad
@@ -119,8 +119,8 @@ class Passing(TorchFunctionMode):
         made = value.grad_fn
         if not isinstance(made, torch.autograd.function.BackwardCFunction):
             raise ValueError(
-                f"cannot follow paths through {type(made).__name__}, which no function of torch has called: pass the model "
-                "as it is before torch.jit.script, or a part of it"
+                f"cannot follow paths through {type(made).__name__}, which was not seen being called: pass the model as it "
+                "is before torch.jit.script or torch.compile, or a part of it"
             )
         self.opened[type(made).__name__.removesuffix("Backward")] = None
         reached = 1 + (value - value.detach()).real.mean()  # 1, and depends on all that enters the function
@@ -133,6 +133,11 @@ class Passing(TorchFunctionMode):
         self._stand_ins[value] = opened = 1 + (value - value.detach())
         self._stand_ins[opened] = None
         return opened
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """A function of everything inside a value; sizes stay sizes."""
+    return pytree.tree_map(function, value, is_leaf=lambda each: isinstance(each, torch.Size))
 
 
 def _in_double(value: Any) -> Any:

@@ -100,6 +100,7 @@ KNOWN = {
         lambda y: (y.__setitem__((0, 0), x[0, 0]), y.__setitem__((0, 1), x[0, 1]), y)[2]
     )(torch.zeros(1, 2)),
     "cast": lambda x: x.float(),
+    "sizes": lambda x: x.view(x.size()).reshape(torch.Size([x.shape.numel()])).view_as(x),
     "gated unit": lambda x: F.glu(torch.cat([x, x], 1)),
     "interpolated": lambda x: F.interpolate(x[None, :, :, None], (2, 1), mode="nearest")[0, :, :, 0].view(
         1, 2
@@ -200,7 +201,7 @@ def test_what_is_not_seen_is_refused():
         return x * torch.sigmoid(x)
 
     with pytest.raises(
-        ValueError, match=r"MulBackward0, which no function of torch has called.*before torch.jit.script"
+        ValueError, match=r"MulBackward0, which was not seen being called.*before torch.jit.script"
     ):
         paths(lambda x: scripted(x))
 
@@ -209,6 +210,32 @@ def test_what_is_not_seen_is_refused():
 def test_checkpoints_are_refused(reentrant):
     with pytest.raises(ValueError, match="if the model checkpoints activations, switch that off"):
         paths(lambda x: checkpoint(torch.relu, x, use_reentrant=reentrant))
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError, AttributeError, ZeroDivisionError])
+def test_whatever_a_model_raises_is_told_as_its_failing(error):
+    def function(x):
+        raise error("of its own")
+
+    with pytest.raises(
+        ValueError, match=rf"the model fails on inputs of shape \(1, 2\): {error.__name__}: .*of its own"
+    ):
+        paths(function)
+
+
+def test_an_output_that_was_read_out_as_numbers_is_refused():
+    class Read(nn.Linear):
+        def forward(self, x):
+            return torch.tensor(super().forward(x).tolist())
+
+    with pytest.raises(ValueError, match="depends on nothing by any function of torch"):
+        layer_collapse(Read(2, 2), torch.zeros(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_weights_is_passed_over():
+    found = layer_collapse(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 0)), torch.zeros(1, 2))
+    assert [layer.name for layer in found.layers] == ["0.weight"] and str(found)
 
 
 def test_the_graph_is_let_go():

@@ -154,6 +154,8 @@ def test_unknown_units_are_a_dash_and_leave_no_sum():
     assert found.dead is None and [row["dead"] for row in found.table()] == [2, None]
     text = str(found)
     assert "2 dead units at the 1 of 2 sites where units are known" in text
+    bare = activation_sparsity(nn.ReLU(), (torch.ones(2, 3), torch.zeros(2)))
+    assert "; units not known" in str(bare)
     assert "None" not in text and text.splitlines()[-1].split()[-2:] == ["-", "-"]
 
 
