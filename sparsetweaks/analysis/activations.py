@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -82,9 +83,10 @@ class ActivationSparsity:
         return _share(self.sites, "near_zeros", "values")
 
     @property
-    def dead(self) -> int | None:
-        """How many units are zero on all the data; None if the units of a site are not known."""
-        return _sum(site.dead for site in self.sites)
+    def dead(self) -> float:
+        """How many units are zero on all the data; nan if the units of a site are not known."""
+        dead = _sum(site.dead for site in self.sites)
+        return math.nan if dead is None else dead
 
     def table(self, *, by: str = "site") -> list[dict[str, Any]]:
         """A row for each site, or with `by="stage"` for each stage (the paper's table A1), fractions in [0, 1].
