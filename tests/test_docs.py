@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import inspect
 import json
@@ -52,7 +53,9 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS, ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [*PAGES, *NOTEBOOKS, *ROOT.glob("*.md"), *(ROOT / "experiments").rglob("*.md")], ids=name_of
+)
 def test_every_local_link_leads_somewhere(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", text_of(path)):
         if re.match(r"[a-z]+:", target):
@@ -113,6 +116,24 @@ def test_every_table_of_results_is_read_on_the_page():
     text = (DOCS / "results.md").read_text(encoding="utf-8")
     for name in re.findall(r'read\("([^"]+)"\)', text):
         assert (ROOT / name).is_file(), f"{name} is not there"
+
+
+def test_every_interval_that_is_told_of_the_figures_is_in_their_tables():
+    figures = ROOT / "experiments" / "figures"
+    _, _, told = (
+        (figures / "README.md").read_text(encoding="utf-8").partition("## What they say about smoothness")
+    )
+    told = " ".join(told.partition("\n## ")[0].split())
+    known = set()
+    for path in figures.glob("*-digits.csv"):
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        known |= {(row["ratio_low"], row["ratio_high"]) for row in rows if row.get("ratio")}
+    for path in figures.glob("*.claims.csv"):
+        known |= set(re.findall(r"\(([\d.]+) to ([\d.]+)\)", path.read_text(encoding="utf-8")))
+    intervals = set(re.findall(r"[,(] ?([\d.]+) to (\d[\d.]*\d)\b(?! %)", told))
+    assert len(intervals) > 25
+    assert intervals <= known
 
 
 def test_the_tests_see_what_is_wrong(tmp_path, monkeypatch):

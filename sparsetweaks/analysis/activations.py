@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparsetweaks.analysis.evaluation import Batches, Data, run, table_text, undisturbed, working_copy
 from sparsetweaks.analysis.figures import COLORS, label, new_figure
+from sparsetweaks.analysis.units import Units
 from sparsetweaks.surgery.activations import Function, InPlace, OnCopy
 from sparsetweaks.surgery.ghosts import Ghost
 from sparsetweaks.surgery.kinds import KINDS, kind_of_function, kind_of_module
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 THRESHOLD = 1e-2  # what the paper's released code counts as zero in table A1
 _NAMED_AT_MOST = 40
 _METHODS = {getattr(Tensor, name): kind for kind in KINDS.values() for name in kind.methods}
-_UNITS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RMSNorm)
-_UNITS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 _NO_ACTIVATIONS = (nn.MultiheadAttention, nn.Softmax, nn.Softmin, nn.Softmax2d, nn.LogSoftmax)
 
 
@@ -39,8 +39,9 @@ class SiteActivations:
         values: how many numbers came out.
         zeros: how many of these are exactly zero.
         near_zeros: how many are at most the threshold in absolute value.
-        units: channels or neurons, those of each call of a module that is called several times.
-        dead: the units that are exactly zero on all the data.
+        units: channels or neurons, those of each call of a module that is called several times; None where it is not
+            known which they are, as behind a reshaping that merges them with positions.
+        dead: the units that are exactly zero on all the data; None where the units are not known.
     """
 
     site: str
@@ -48,8 +49,8 @@ class SiteActivations:
     values: int
     zeros: int
     near_zeros: int
-    units: int
-    dead: int
+    units: int | None
+    dead: int | None
 
     @property
     def stage(self) -> str:
@@ -82,12 +83,16 @@ class ActivationSparsity:
         return _share(self.sites, "near_zeros", "values")
 
     @property
-    def dead(self) -> int:
-        """How many units are zero on all the data."""
-        return sum(site.dead for site in self.sites)
+    def dead(self) -> float:
+        """How many units are zero on all the data; nan if the units of a site are not known."""
+        dead = _sum(site.dead for site in self.sites)
+        return math.nan if dead is None else dead
 
     def table(self, *, by: str = "site") -> list[dict[str, Any]]:
-        """A row for each site, or with `by="stage"` for each stage (the paper's table A1), fractions in [0, 1]."""
+        """A row for each site, or with `by="stage"` for each stage (the paper's table A1), fractions in [0, 1].
+
+        `units` and `dead` are None where the units of a site are not known.
+        """
         if by not in ("site", "stage"):
             raise ValueError(f"by must be 'site' or 'stage', got {by!r}")
         groups: dict[str, list[SiteActivations]] = {}
@@ -100,18 +105,23 @@ class ActivationSparsity:
                 "values": sum(site.values for site in sites),
                 "zeros": _share(sites, "zeros", "values"),
                 "near_zeros": _share(sites, "near_zeros", "values"),
-                "units": sum(site.units for site in sites),
-                "dead": sum(site.dead for site in sites),
+                "units": _sum(site.units for site in sites),
+                "dead": _sum(site.dead for site in sites),
             }
             for name, sites in groups.items()
         ]
 
     def __str__(self) -> str:
+        known = [site for site in self.sites if site.dead is not None]
+        dead = f"{_sum(site.dead for site in known):,} dead units" if known else "units not known"
+        if 0 < len(known) < len(self.sites):
+            dead += f" at the {len(known)} of {len(self.sites)} sites where units are known"
         head = (
             f"activations of {self.examples:,} examples: {100 * self.zeros:.2f} % exactly zero, "
-            f"{100 * self.near_zeros:.2f} % at most {self.threshold:g}; {self.dead:,} dead units"
+            f"{100 * self.near_zeros:.2f} % at most {self.threshold:g}; {dead}"
         )
-        return f"{head}\n{table_text(self.table())}"
+        rows = [{name: "-" if cell is None else cell for name, cell in row.items()} for row in self.table()]
+        return f"{head}\n{table_text(rows)}"
 
     def plot(self) -> Figure:
         """Bars for each site: the exact zeros, and what is near zero beside them."""
@@ -154,8 +164,9 @@ def activation_sparsity(
         chunk_size: how many examples of a batch to run at once; None for all.
 
     Returns:
-        Counts for each site, in the order of first calls. A unit is a channel of the layer before (its last dimension
-        for linear layers and LayerNorm, else the second); one is dead if it is exactly zero on all the data.
+        Counts for each site, in the order of first calls. A unit is a neuron of the linear layer or a channel of the
+        convolution or normalisation before, wherever permutations have put it; one is dead if it is exactly zero on all
+        the data. Where it is not known which dimension holds the units, both counts are None.
 
     Raises:
         ValueError: no activation is seen; the data hold no batch or do not fit; a parameter is not finite, or an
@@ -168,8 +179,8 @@ def activation_sparsity(
         >>> found.zeros, found.dead
         (1.0, 3)
     """
-    if not threshold >= 0:
-        raise ValueError(f"threshold must be at least 0, got {threshold}")
+    if not isinstance(threshold, (int, float)) or not threshold >= 0:
+        raise ValueError(f"threshold must be at least 0, a number, got {threshold!r}")
     network = working_copy(model, batch_norm=batch_norm)
     counter = _Counter(threshold)
     examples = 0
@@ -184,6 +195,12 @@ def activation_sparsity(
             f"{', '.join(KINDS)}, torch's activation modules, and what a swap put in"
         )
     return ActivationSparsity(tuple(counter.found()), threshold, examples)
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """None if one of the counts is."""
+    known = list(counts)
+    return None if None in known else sum(filter(None, known))
 
 
 def _share(sites: Any, part: str, whole: str) -> float:
@@ -203,6 +220,7 @@ class _Counts:
         self.values = self.zeros = self.near = 0
         self.alive: dict[tuple[int, int], Tensor] = {}
         """By the number of the call in one forward, and the number of units."""
+        self.units_known = True
 
 
 class _Counter(TorchFunctionMode):
@@ -216,7 +234,7 @@ class _Counter(TorchFunctionMode):
         self._calls: list[dict[str, int]] = []  # for each of these: how often it has called each function
         self._repeats: dict[str, int] = {}
         self._within = 0  # how many activation modules are running
-        self._units = 1  # the dimension of channels behind the last layer
+        self._units = Units()
 
     def new_forward(self) -> None:
         """Start to number the calls of each site anew."""
@@ -244,11 +262,8 @@ class _Counter(TorchFunctionMode):
             self._inside.pop()
             self._calls.pop()
             self._within -= kind is not None
-            if isinstance(module, _UNITS_LAST):
-                self._units = -1
-            elif isinstance(module, _UNITS_SECOND):
-                self._units = 1
             if kind is not None and self._within == 0 and isinstance(output, Tensor):
+                self._units.same(output, inputs)
                 self._count(path or kind, kind, output)
 
         return hook
@@ -257,6 +272,7 @@ class _Counter(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        self._units.follow(func, args, kwargs or {}, result)
         kind = kind_of_function(func) or _METHODS.get(func)
         if kind is not None and self._within == 0 and self._inside and isinstance(result, Tensor):
             number = self._calls[-1].get(kind.name, 0)
@@ -278,8 +294,9 @@ class _Counter(TorchFunctionMode):
         counts.near += int((output.abs() <= self.threshold).sum())
         number = self._repeats.get(site, 0)
         self._repeats[site] = number + 1
-        dimension = (self._units if output.ndim > 1 else -1) % max(output.ndim, 1)
-        if output.ndim == 0:
+        dimension = self._units.of(output)
+        if dimension is None:
+            counts.units_known = False
             return
         alive = nonzero.movedim(dimension, 0).flatten(1).any(1) if output.ndim > 1 else nonzero
         key = (number, len(alive))
@@ -288,11 +305,11 @@ class _Counter(TorchFunctionMode):
     def found(self) -> Iterator[SiteActivations]:
         """What was counted."""
         for site, counts in self.counts.items():
-            units = sum(len(alive) for alive in counts.alive.values())
-            living = sum(int(alive.sum()) for alive in counts.alive.values())
-            yield SiteActivations(
-                site, counts.kind, counts.values, counts.zeros, counts.near, units, units - living
-            )
+            units = dead = None
+            if counts.units_known:
+                units = sum(len(alive) for alive in counts.alive.values())
+                dead = units - sum(int(alive.sum()) for alive in counts.alive.values())
+            yield SiteActivations(site, counts.kind, counts.values, counts.zeros, counts.near, units, dead)
 
 
 def _kind(module: nn.Module, swapped: set[nn.Module]) -> str | None:

@@ -185,6 +185,8 @@ def _judge(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         raise ValueError("the model's outputs are not finite: nothing to compare")
     classes, wanted = outputs.shape[1], (outputs.shape[0], *outputs.shape[2:])
     if isinstance(targets, Tensor) and targets.shape == outputs.shape:
+        if not targets.isfinite().all():
+            raise ValueError("the targets are probabilities that are not finite: nothing to compare with")
         targets = targets.argmax(1)
     fits = isinstance(targets, Tensor) and targets.shape == wanted and not targets.is_floating_point()
     if not fits or targets.min() < 0 or targets.max() >= classes:

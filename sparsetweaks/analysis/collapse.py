@@ -9,18 +9,18 @@ one positive term each, and a weight is on a path exactly if that sum depends on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from sparsetweaks.analysis.evaluation import call, table_text, undisturbed, working_copy
 from sparsetweaks.analysis.figures import COLORS, label, new_figure
+from sparsetweaks.analysis.paths import Passing
+from sparsetweaks.calling import tensors
 from sparsetweaks.forms import masked_places
 from sparsetweaks.masks import masks_by_parameter
 from sparsetweaks.prunable import select_weights
@@ -65,10 +65,14 @@ class LayerPathsReport:
     Attributes:
         layers: one for each weight of a convolution or linear layer, and whatever else has a mask.
         inputs: for each input whether any path leads from it to an output.
+        opened: the operations on the way that are not known here, by name. All that enters one is taken to reach all that
+            leaves it, so that no path is missed, and some may be counted that are none: the true `on_path` are at most
+            as large, and the true effective sparsity is at least as large. What is collapsed is so in any case.
     """
 
     layers: tuple[LayerPaths, ...]
     inputs: Mapping[str, bool]
+    opened: tuple[str, ...] = ()
 
     @property
     def connected(self) -> bool:
@@ -116,6 +120,11 @@ class LayerPathsReport:
             f"sparsity {100 * self.sparsity:.2f} %, effective {100 * self.effective_sparsity:.2f} %; "
             f"{len(self.collapsed)} of {len(self.layers)} layers collapsed; {paths}"
         )
+        if self.opened:
+            head += (
+                f"\nnot known, and taken to let everything through: {', '.join(self.opened)}; "
+                "the effective sparsity is at least this, and more layers may have collapsed"
+            )
         return f"{head}\n{table_text(self.table())}"
 
     def plot(self) -> Figure:
@@ -157,12 +166,16 @@ def layer_collapse(model: nn.Module, inputs: Any) -> LayerPathsReport:
     Returns:
         For each weight how many are kept, and how many of these are on a path for inputs of this shape (a tap of a
         kernel that only ever meets padding is on none). Exact where forwards consist of convolutions, linear and
-        embedding layers, normalisations, the activations known by name, sums, differences, products, means, pooling,
-        attention, and moving of values about. A forward that branches on values takes one branch.
+        embedding layers, normalisations, what works number by number on one tensor (activations, powers), sums,
+        differences, products, means, the largest of several, pooling, attention, and moving of values about. Any other
+        operation is named in `opened` and taken to let everything through: no path is missed, and what is found to have
+        collapsed has. A forward that branches on values takes one branch; numbers that it reads out of tensors are no
+        path.
 
     Raises:
         ValueError: the model fails on the inputs, has no weights to follow, or puts out nothing that depends on them
-            other than through values; or the number of paths overflows even so.
+            other than through values; part of it is scripted, compiled or checkpointed, and cannot be followed; or the
+            number of paths overflows even so.
 
     Example:
         >>> import sparsetweaks as st
@@ -213,10 +226,12 @@ def _follow(model: nn.Module, inputs: Any) -> LayerPathsReport:
     with undisturbed(network):
         given = {name: _positive(value) for name, value in _named(inputs).items()}
         starts = {name: value for name, value in given.items() if _starts_paths(value)}
-        given |= {name: value * 1 for name, value in starts.items()}  # no leaf: a forward may work in place
-        passing = _Passing(starts)
-        output = _run(network, passing, given, inputs)
-        sensitivity, reached = _derivatives(output, passing.starts, list(weights.values()))
+        passing = Passing(starts)
+        try:
+            output = _run(network, passing, given, inputs)
+            sensitivity, reached = _derivatives(output, passing.starts, list(weights.values()))
+        finally:
+            passing.close()
     layers = []
     for (name, weight), gradient in zip(weights.items(), sensitivity, strict=True):
         mask = masks.get(weight)
@@ -225,14 +240,14 @@ def _follow(model: nn.Module, inputs: Any) -> LayerPathsReport:
             on_path &= mask
         kept = weight.numel() if mask is None else int(mask.sum())
         layers.append(LayerPaths(name, weight.numel(), kept, int(on_path.sum()), weight in counted))
-    return LayerPathsReport(tuple(layers), reached)
+    return LayerPathsReport(tuple(layers), reached, tuple(passing.opened))
 
 
 def _weights(network: nn.Module) -> dict[str, nn.Parameter]:
     """What is counted, by name: the weights of convolutions and linear layers, and whatever else has a mask."""
     layers = {w.parameter: w.name for w in select_weights(network, include=lambda name, module: True)}
     names = {place.parameter: place.name for place in masked_places(network)} | layers
-    return {names[p]: p for p in network.parameters() if p in names}
+    return {names[p]: p for p in network.parameters() if p in names and p.numel() > 0}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -279,23 +294,31 @@ def _starts_paths(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _run(network: nn.Module, passing: _Passing, given: Mapping[str, Any], inputs: Any) -> Tensor:
+def _run(network: nn.Module, passing: Passing, given: Mapping[str, Any], inputs: Any) -> Tensor:
     """The sum of everything the network puts out."""
-    arguments = dict(given) if isinstance(inputs, Mapping) else tuple(given.values())
     try:
         with passing:
-            outputs = call(network, arguments)
-    except (RuntimeError, TypeError, IndexError) as error:
-        shapes = ", ".join(str(tuple(v.shape)) for v in given.values() if isinstance(v, Tensor))
-        raise ValueError(f"the model fails on inputs of shape {shapes}: {error}") from error
+            entered = {  # no leaf: a forward may work in place
+                name: value.clone() if name in passing.starts else value for name, value in given.items()
+            }
+            outputs = call(network, entered if isinstance(inputs, Mapping) else tuple(entered.values()))
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(given))
+        raise ValueError(
+            f"the model fails on inputs of shape {shapes}: {type(error).__name__}: {error}"
+        ) from error
     parts = [
         leaf
         for leaf in pytree.tree_leaves(_plain(outputs))
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
     ]
     if not parts:
         raise ValueError("the model puts out no floating-point tensor: there is nothing for paths to lead to")
-    return torch.stack([part.sum() for part in parts]).sum()
+    with passing:
+        real = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
+        return torch.stack([part.sum() for part in real]).sum()
 
 
 def _plain(outputs: Any) -> Any:
@@ -312,14 +335,17 @@ def _derivatives(
     if not starts:
         raise ValueError("the inputs hold no floating-point tensor, and nothing is looked up in an embedding")
     if not output.requires_grad:
-        return [None] * len(weights), dict.fromkeys(starts, False)
-    by_input = torch.autograd.grad(output, list(starts.values()), create_graph=True, allow_unused=True)
+        raise ValueError(
+            "what the model puts out depends on nothing by any function of torch: numbers that a forward reads out of "
+            "tensors (.item(), .tolist(), comparisons) are no path"
+        )
+    by_input = _derivative(output, list(starts.values()), create_graph=True)
     reached = {name: part is not None and bool((part != 0).any()) for name, part in zip(starts, by_input)}
     paths = [part.sum() for part in by_input if part is not None]
     total = torch.stack(paths).sum() if paths else None
     if total is None or not total.requires_grad:
         return [None] * len(weights), reached
-    found: list[Tensor | None] = list(torch.autograd.grad(total, weights, allow_unused=True))
+    found = _derivative(total, weights)
     if not all(each is None or bool(each.isfinite().all()) for each in found):
         raise ValueError(
             "there are more paths than double precision can count: look at a part of the network"
@@ -327,160 +353,10 @@ def _derivatives(
     return found, reached
 
 
-class _Passing(TorchFunctionMode):
-    """Lets everything through: what can stop or cancel a value is replaced by what cannot."""
-
-    def __init__(self, starts: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.starts = dict(starts)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "embedding":
-            result = torch.ones_like(func(*args, **kwargs)).requires_grad_(True)
-            self.starts[f"embedding {len(self.starts)}"] = result
-            return result
-        replacement = _REPLACEMENTS.get(name)
-        result = replacement(*args, **kwargs) if replacement else func(*args, **kwargs)
-        return _levelled(result) if name in _LEVELLED and isinstance(result, Tensor) else result
-
-
-def _levelled(value: Tensor) -> Tensor:
-    """1 wherever the value is positive, with a positive derivative there, so that no depth overflows or vanishes."""
-    return value * torch.where(value > 0, 1 / value, 1).detach()
-
-
-def _same(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return input
-
-
-def _open(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A gate: open whatever enters, and yet dependent on it."""
-    return 1 + input
-
-
-def _sum(input: Any, other: Any, *, alpha: float = 1, **kwargs: Any) -> Tensor:
-    return _constant(input) + abs(alpha) * _constant(other)
-
-
-def _product(input: Any, other: Any, *args: Any, **kwargs: Any) -> Tensor:
-    return _constant(input) * _constant(other)
-
-
-def _constant(value: Any) -> Any:
-    """Constants without sign or infinity (masks are added); what depends on an input or a weight as it is."""
-    if not isinstance(value, Tensor):
-        return abs(value)
-    if value.requires_grad or not value.is_floating_point():
-        return value
-    return value.abs().nan_to_num(posinf=0)
-
-
-def _in_place(replacement: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda input, *args, **kwargs: input.copy_(replacement(input, *args, **kwargs))
-
-
-def _mean_pool(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def replaced(
-        input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
-        ceil_mode: bool = False, return_indices: bool = False, **_: Any,
-    ) -> Tensor:  # fmt: skip
-        if return_indices or any(step != 1 for step in pytree.tree_leaves(dilation)):
-            raise ValueError("cannot follow paths through a max pooling with dilation or indices")
-        return pool(input, kernel_size, stride or kernel_size, padding, ceil_mode)
-
-    return replaced
-
-
-def _adaptive_mean_pool(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def replaced(input: Tensor, output_size: Any, return_indices: bool = False) -> Tensor:
-        if return_indices:
-            raise ValueError("cannot follow paths through a max pooling with indices")
-        return pool(input, output_size)
-
-    return replaced
-
-
-def _mean_of(input: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
-    return input.mean() if dim is None else input.mean(dim, keepdim)
-
-
-def _largest(input: Tensor, dim: Any = None, keepdim: bool = False, *, other: Any = None) -> Any:
-    if other is not None or isinstance(dim, Tensor):
-        return _sum(input, dim if other is None else other)
-    if dim is None:
-        return input.mean()
-    return torch.return_types.max((input.mean(dim, keepdim), input.argmax(dim, keepdim)))
-
-
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, *args: Any, enable_gqa: bool = False, **kwargs: Any
-) -> Tensor:
-    """Every position attends to every one, masks or not; paths also go through the scores."""
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = (each.repeat_interleave(groups, -3) for each in (key, value))
-    return _levelled((1 + _levelled(query @ key.transpose(-2, -1))) @ value)
-
-
-def _joint_attention(
-    query: Tensor, key: Tensor, value: Tensor, embed_dim: int, heads: int, in_weight: Tensor | None, in_bias: Tensor | None,
-    bias_k: Any, bias_v: Any, add_zero_attn: bool, dropout: float, out_weight: Tensor, out_bias: Tensor | None,
-    q_proj_weight: Tensor | None = None, k_proj_weight: Tensor | None = None, v_proj_weight: Tensor | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """`torch.nn.MultiheadAttention`'s function, sequence first."""
-    weights = (q_proj_weight, k_proj_weight, v_proj_weight) if in_weight is None else in_weight.chunk(3)
-    biases = (None, None, None) if in_bias is None else in_bias.chunk(3)
-    parts = []
-    for each, weight, bias in zip((query, key, value), weights, biases):
-        assert weight is not None
-        projected = _levelled(F.linear(each, weight, bias)).unflatten(-1, (heads, -1))
-        parts.append(projected.movedim(-2, 0).movedim(1, -2))  # heads, (batch,) sequence, head's width
-    mixed = _attention(*parts).movedim(-2, 1).movedim(0, -2).flatten(-2)
-    return _levelled(F.linear(mixed, out_weight, out_bias)), None
-
-
-_SAME = (
-    "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "rrelu_", "elu", "elu_", "selu", "selu_",
-    "celu", "celu_", "gelu", "silu", "mish", "hardswish", "hardtanh", "hardtanh_", "softplus", "softsign", "tanh",
-    "tanh_", "tanhshrink", "hardshrink", "softshrink", "threshold", "threshold_", "logsigmoid", "clamp", "clamp_",
-    "clip", "abs", "neg", "__neg__", "exp", "log", "log1p", "sqrt", "rsqrt", "dropout", "dropout1d", "dropout2d",
-    "dropout3d", "alpha_dropout", "feature_alpha_dropout", "batch_norm", "layer_norm", "group_norm", "instance_norm",
-    "rms_norm", "local_response_norm", "normalize", "detach", "sin", "cos", "erf", "pow", "__pow__", "square",
-)  # fmt: skip
-_OPEN = ("sigmoid", "sigmoid_", "hardsigmoid", "softmax", "log_softmax", "softmin", "gumbel_softmax")
-_SUMS = ("add", "__add__", "__radd__", "sub", "subtract", "__sub__", "rsub", "__rsub__", "maximum", "minimum")
-_PRODUCTS = ("mul", "multiply", "__mul__", "__rmul__", "div", "true_divide", "__truediv__")
-_SUMS_IN_PLACE = ("add_", "__iadd__", "sub_", "__isub__")
-_PRODUCTS_IN_PLACE = ("mul_", "__imul__", "div_", "__itruediv__")
-
-_REPLACEMENTS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(_SAME, _same),
-    **dict.fromkeys(_OPEN, _open),
-    **dict.fromkeys(_SUMS, _sum),
-    **dict.fromkeys(_PRODUCTS, _product),
-    **dict.fromkeys(_SUMS_IN_PLACE, _in_place(_sum)),
-    **dict.fromkeys(_PRODUCTS_IN_PLACE, _in_place(_product)),
-    "max": _largest,
-    "min": _largest,
-    "max_pool1d": _mean_pool(F.avg_pool1d),
-    "max_pool2d": _mean_pool(F.avg_pool2d),
-    "max_pool3d": _mean_pool(F.avg_pool3d),
-    "adaptive_max_pool1d": _adaptive_mean_pool(F.adaptive_avg_pool1d),
-    "adaptive_max_pool2d": _adaptive_mean_pool(F.adaptive_avg_pool2d),
-    "adaptive_max_pool3d": _adaptive_mean_pool(F.adaptive_avg_pool3d),
-    "amax": _mean_of,
-    "amin": _mean_of,
-    "logsumexp": _mean_of,
-    "masked_fill": _same,
-    "masked_fill_": _same,
-    "scaled_dot_product_attention": _attention,
-    "multi_head_attention_forward": _joint_attention,
-}
-_LEVELLED = frozenset(
-    (*_SAME, *_SUMS, "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
-     "addcmul", "matmul", "__matmul__", "bmm", "einsum")
-)  # fmt: skip
+def _derivative(of: Tensor, by: list[Any], **options: Any) -> list[Tensor | None]:
+    try:
+        return list(torch.autograd.grad(of, by, allow_unused=True, **options))
+    except RuntimeError as error:
+        raise ValueError(
+            f"cannot follow paths backward ({error}): if the model checkpoints activations, switch that off"
+        ) from error

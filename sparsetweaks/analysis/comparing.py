@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from sparsetweaks.analysis.options import Progress, check_progress
 from sparsetweaks.analysis.subspace import check_zeros
 from sparsetweaks.copying import check_model
 from sparsetweaks.counting import sparsity
+from sparsetweaks.errors import UnmaskedZerosWarning
 from sparsetweaks.masks import masks_by_parameter
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ _UNITS = {
     "largest_eigenvalue": "largest Hessian eigenvalue",
     "trace": "trace of the Hessian",
 }
+_BY_MASKS = {"paths", "gradient", "flatness"}  # to which a zero without a mask is a weight that can move
 _SHARES = ("sparsity", "effective_sparsity", "zeros", "near_zeros", "accuracy", "calibration_error")
 
 
@@ -222,8 +225,11 @@ def _look(
     on_analysis: Callable[[], None],
 ) -> Looked:
     check_values(model)
-    check_zeros(model, masks_by_parameter(model))
-    report = sparsity(model)
+    if _BY_MASKS & {*wanted}:
+        check_zeros(model, masks_by_parameter(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnmaskedZerosWarning)  # it is counted right either way
+        report = sparsity(model)
     found: dict[str, Any] = {}
     example = _one_example(model, data)  # what is wrong with the data is no single analysis's
     analyses: dict[str, Callable[[], Any]] = {

@@ -44,7 +44,8 @@ def summary(model: nn.Module, *, inputs: Any = None) -> Overview:
         An `Overview`. In a terminal, runs of alike modules are one line each; in Jupyter everything can be unfolded.
 
     Raises:
-        ValueError: a parameter of a lazy model has no shape yet; whatever `cost` raises for the inputs.
+        ValueError: a parameter of a lazy model has no shape yet, or one is stored as a sparse tensor; whatever `cost`
+            raises for the inputs.
 
     Example:
         >>> import torch, sparsetweaks as st
@@ -68,7 +69,8 @@ def diff(before: nn.Module, after: nn.Module, *, inputs: Any = None) -> Overview
         inputs: what both are called with, to count FLOPs for, as in `summary`.
 
     Returns:
-        An `Overview` of both, side by side.
+        An `Overview` of both, side by side. What modules and counts do not show is told in words: masks that keep
+        as many weights but others, values of parameters and buffers, shapes, dtypes, requires_grad.
 
     Raises:
         ValueError: as `summary`.

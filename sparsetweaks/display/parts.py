@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ from sparsetweaks.surgery.sites import changes
 from sparsetweaks.surgery.skips import Skip
 
 _LONGEST_DETAIL = 40
+_COMMA = re.compile(r", (?![^(]*\))")
+"""Between two settings, not within the brackets of one."""
 _UNTOLD = ("=False", "inplace=True", "dilation=1", "padding=0")
 
 
@@ -80,6 +83,8 @@ class Part:
     path: str
     kind: str
     detail: str = ""
+    settings: tuple[str, ...] = ()
+    """All that the module says of itself, of which the detail is the gist."""
     before: Counts | None = None
     after: Counts | None = None
     marks: tuple[Mark, ...] = ()
@@ -178,6 +183,7 @@ def _read(name: str, path: str, module: nn.Module, reading: _Reading) -> Part:
         path,
         kind,
         detail,
+        tuple(_COMMA.split(module.extra_repr())),
         after=sum((child.counts for child in children), counts),
         marks=tuple(marks),
         children=tuple(children),
@@ -345,6 +351,8 @@ def pair(before: Part, after: Part, values: Mapping[str, Sequence[Mark]] | None 
         marks.insert(0, Mark("swap", f"{before.kind} → {after.kind}"))
     elif before.detail != after.detail:
         marks.insert(0, Mark("swap", f"{before.detail or 'default'} → {after.detail or 'default'}"))
+    elif before.settings != after.settings:
+        marks.insert(0, Mark("swap", _changed_settings(before.settings, after.settings)))
     if before.program != after.program:
         marks.append(Mark("rewritten", "forward rewritten"))
     gone = [
@@ -368,6 +376,14 @@ def pair(before: Part, after: Part, values: Mapping[str, Sequence[Mark]] | None 
     names = [child.name for child in after.children]
     arcs = tuple(Arc(moved[names[a.first]], moved[names[a.last]], a.text) for a in after.arcs)
     return replace(after, before=before.after, marks=tuple(marks), children=tuple(children), arcs=arcs)
+
+
+def _changed_settings(before: Sequence[str], after: Sequence[str]) -> str:
+    """Those that only one of two has."""
+    old, new = (
+        ", ".join(x for x in one if x not in other) for one, other in ((before, after), (after, before))
+    )
+    return f"{old or 'default'} → {new or 'default'}"
 
 
 def _has(part: Part, mark: Mark) -> bool:
@@ -490,8 +506,8 @@ def _merged(group: Sequence[Part], period: int, times: int) -> Part:
         first.path,
         kinds,
         first.detail if period == 1 else "",
-        None if None in before else sum(before, Counts()),
-        None if None in after else sum(after, Counts()),
+        before=None if None in before else sum(before, Counts()),
+        after=None if None in after else sum(after, Counts()),
         marks=tuple(
             Mark(kind, text, values.pop() if len(values) == 1 else "")
             for (kind, text), values in said.items()

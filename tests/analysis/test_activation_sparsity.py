@@ -160,8 +160,9 @@ def test_the_model_is_only_read_and_the_figure_is_its_own():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="no activation was seen"):
         activation_sparsity(nn.Linear(2, 2), (torch.ones(1, 2), torch.ones(1)))
-    with pytest.raises(ValueError, match="threshold must be at least 0"):
-        activation_sparsity(Forms(), DATA, threshold=float("nan"))
+    for threshold in (float("nan"), -1, "0.1", None):
+        with pytest.raises(ValueError, match="threshold must be at least 0"):
+            activation_sparsity(Forms(), DATA, threshold=threshold)
     with pytest.raises(ValueError, match="the model fails on these inputs"):
         activation_sparsity(Forms(), (torch.ones(1, 7), torch.ones(1)))
     with pytest.raises(ValueError, match="no batch"):

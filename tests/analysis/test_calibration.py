@@ -79,6 +79,8 @@ def test_mistakes_are_named():
         calibration(nn.Identity(), (two[:, :1], torch.tensor([0, 1])))
     with pytest.raises(ValueError, match="not finite"):
         calibration(nn.Identity(), (two * math.nan, torch.tensor([0, 1])))
+    with pytest.raises(ValueError, match="probabilities that are not finite"):
+        calibration(nn.Identity(), (two, two * math.nan))
     with pytest.raises(ValueError, match="no batch"):
         calibration(nn.Identity(), [])
 

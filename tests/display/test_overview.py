@@ -219,7 +219,7 @@ def test_pruning_alone_changes_no_kept_value():
 
 def test_two_that_are_alike():
     model = plain(2)
-    assert "no module, mask or count differs" in str(diff(model, copy.deepcopy(model)))
+    assert "no module, mask, parameter or buffer differs" in str(diff(model, copy.deepcopy(model)))
 
 
 def test_what_was_left_is_said_with_the_reason():
@@ -395,6 +395,10 @@ def test_it_is_no_part_of_the_model():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="run one batch through the lazy model"):
         summary(nn.Sequential(nn.LazyLinear(2)))
+    sparse = nn.Sequential(nn.Linear(2, 2))
+    sparse[0].weight = nn.Parameter(sparse[0].weight.detach().to_sparse())
+    with pytest.raises(ValueError, match=r"'0.weight' is stored as torch.sparse_coo.*to_dense"):
+        summary(sparse)
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got dict"):
         diff(plain(1), {})
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got str"):
