@@ -417,7 +417,7 @@ def test_eigenvalues_over_decades_are_drawn_logarithmically(values, scale):
         ({"k": 0}, "k must be a whole number"),
         ({"k": 3, "iterations": 2}, "iterations must be a whole number, at least 3"),
         ({"k": 100, "iterations": 100}, "only .* weights are kept"),
-        ({"which": "lowest"}, "'largest', 'smallest', 'magnitude'"),
+        ({"which": "lowest"}, "'largest', 'smallest' or 'magnitude'"),
         ({"over": "pruned"}, "'kept', 'all' or 'both'"),
         ({"tolerance": 0.0}, "tolerance must be positive"),
         ({"batch_norm": "batch"}, "batch_norm must be"),
