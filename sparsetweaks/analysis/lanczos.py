@@ -24,7 +24,7 @@ WHICH: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """What is the most of it is wanted first."""
 MISSED = 0.01
-"""The chance, over the random start, that an eigenvalue which belongs to the wanted ones is missed for its neighbour."""
+"""The default chance, over the random start, that an eigenvalue which belongs to the wanted ones is missed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Eigenpairs:
     vectors: list[Tensor]
     """Of unit length."""
     converged: bool
-    """Whether every error is within the tolerance, and no other is among the wanted, but by the chance `MISSED`."""
+    """Whether every error is within the tolerance, and no other is among the wanted, but by the chance `missed`."""
 
 
 def top_eigenpairs(
@@ -49,6 +49,7 @@ def top_eigenpairs(
     tolerance: float,
     iterations: int,
     generator: torch.Generator,
+    missed: float = MISSED,
     on_step: Callable[[int], None] = lambda step: None,
     spare: int = SPARE,
 ) -> Eigenpairs:
@@ -74,7 +75,8 @@ def top_eigenpairs(
         converged = len(wanted) == k and (
             exhausted
             or (
-                bool((errors[wanted] <= enough).all()) and alone(krylov, values, wanted, enough, which, floor)
+                bool((errors[wanted] <= enough).all())
+                and (missed == 1 or alone(krylov, values, wanted, enough, which, missed, floor))
             )
         )
         if converged or step == iterations:
@@ -87,13 +89,19 @@ def top_eigenpairs(
 
 
 def alone(
-    krylov: Krylov, values: Tensor, wanted: Tensor, within: Tensor, which: str, negligible: float
+    krylov: Krylov,
+    values: Tensor,
+    wanted: Tensor,
+    within: Tensor,
+    which: str,
+    missed: float,
+    negligible: float,
 ) -> bool:
-    """Whether no eigenvalue from the last wanted one on lies apart from all the wanted ones, but by the chance `MISSED`.
+    """Whether no eigenvalue from the last wanted one on lies apart from all the wanted ones, but by the chance `missed`.
 
     The direction that the last product added is p(H) start, p a polynomial whose zeros are all Ritz values ever left
     behind and those there are. As it has length 1, |p| is at most 1 / share at every eigenvalue of whose vector the start
-    holds that share. Of a random start it is seldom less than `MISSED` times its usual size. Between two neighbouring zeros
+    holds that share. Of a random start it is seldom less than `missed` times its usual size. Between two neighbouring zeros
     log |p| is concave: where it is large enough at both ends of a gap, it is so within. (For the largest
     eigenvalue alone: van Dorsselaer, Hochstenbach and van der Vorst 1999.)
     """
@@ -108,7 +116,7 @@ def alone(
     ends = ends[(rank(ends) >= last) & ~inside.any(dim=1)]
     zeros = torch.cat([values, krylov.left])
     log_sizes = (ends[:, None] - zeros).abs().log().sum(dim=1) - log_scale
-    share = MISSED * math.sqrt(math.pi / (2 * len(krylov.rest)))
+    share = missed * math.sqrt(math.pi / (2 * len(krylov.rest)))
     return bool((log_sizes >= -math.log(share)).all())
 
 

@@ -31,6 +31,13 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be positive, a finite number, got {value!r}")
 
 
+def check_share(name: str, value: Any) -> None:
+    """Refuse what is no share of 1, or none at all."""
+    check_positive(name, value)
+    if value > 1:
+        raise ValueError(f"{name} must be at most 1, got {value!r}")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Refuse what is none of these names."""
     *first, last = map(repr, choices)

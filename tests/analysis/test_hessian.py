@@ -420,6 +420,8 @@ def test_eigenvalues_over_decades_are_drawn_logarithmically(values, scale):
         ({"which": "lowest"}, "'largest', 'smallest' or 'magnitude'"),
         ({"over": "pruned"}, "'kept', 'all' or 'both'"),
         ({"tolerance": 0.0}, "tolerance must be positive"),
+        ({"missed": 0.0}, "missed must be positive"),
+        ({"missed": 1.5}, "missed must be at most 1"),
         ({"batch_norm": "batch"}, "batch_norm must be"),
         ({"where": "nowhere"}, "matches no trainable parameter"),
         ({"chunk_size": 0}, "chunk_size must be"),

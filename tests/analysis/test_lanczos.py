@@ -117,6 +117,31 @@ def test_the_top_is_not_missed_for_its_neighbour(k, tolerance, which):
         assert found.values == pytest.approx(expected.tolist(), rel=tolerance)
 
 
+def test_how_often_the_top_may_be_missed_is_for_the_caller_to_say():
+    products, misses = {}, {}
+    for missed in (1, 0.01, 1e-6):
+        taken, found = [], []
+        for seed in range(20):
+            generator = torch.Generator().manual_seed(seed)
+            found += top_eigenpairs(
+                lambda vector: CLOSE * vector,
+                random_vector(CLOSE, generator),
+                k=1,
+                which="largest",
+                tolerance=1e-3,
+                missed=missed,
+                iterations=100,
+                generator=generator,
+                on_step=taken.append,
+            ).values
+        products[missed], misses[missed] = (
+            len(taken),
+            sum(abs(value / CLOSE[0] - 1) > 1e-3 for value in found),
+        )
+    assert misses[1] >= 5 and misses[0.01] == misses[1e-6] == 0
+    assert products[1] < products[0.01] < products[1e-6]
+
+
 def test_a_start_without_the_top_is_never_taken_for_converged_where_it_is_told_apart():
     start = torch.ones(2004, dtype=torch.float64)
     start[0] = 1e-3  # a start in ten has so little of the top, not one in a hundred
