@@ -11,7 +11,13 @@ import pytest
 
 RULES = (
     *("Pure", "The rest survives", "Local", "Train and eval", "Neutral setting", "Never silent", "Whole"),
-    *("Keyword-only", "masks kept", "zeros held by keep_masks", "exact top-k under ties"),
+    *(
+        "Keyword-only",
+        "masks kept",
+        "zeros held by keep_masks",
+        "folded networks agree",
+        "exact top-k under ties",
+    ),
 )
 ROOT = Path(mutants.__file__).parent.parent
 
