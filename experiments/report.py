@@ -103,11 +103,12 @@ def where() -> str:
                 _gains(places, list(VARIANTS)),
                 "",
             ]
-        parts += [
-            "Forms of the tweaks, at the sparsity and length where all are compared:",
-            _gains(of_forms),
-            "",
-        ]
+        if of_forms:
+            parts += [
+                "Forms of the tweaks, at the sparsity and length where all are compared:",
+                _gains(of_forms),
+                "",
+            ]
     return "\n".join(parts[:-1]) if parts else "Not run yet."
 
 
