@@ -30,7 +30,6 @@ FOLDING = "tests/surgery/test_folding.py::"
 SCALES = "tests/recipe/test_layer_scales.py::"
 MASKS = "tests/test_masks.py::"
 KEEPING = "tests/test_keeping.py::"
-PRUNING = "tests/test_pruning.py::"
 RULES = "tests/test_ground_rules.py::"
 
 
@@ -276,7 +275,7 @@ MUTANTS = (
         "selection.py",
         "            drops[places[: max(drop - found, 0)]] = True",
         "            drops[places] = True",
-        PRUNING + "test_the_count_is_exact_under_ties",
+        "tests/test_selection.py::test_the_ways_of_millions_on_hundreds",
     ),
 )
 
