@@ -54,7 +54,7 @@ FLOORS = (
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPTIONAL = {"export": {"onnx", "onnxruntime", "onnxscript"}}  # imported by the function that needs them
-IMPORT_MILLISECONDS = 150  # more than `import torch` takes
+IMPORT_SHARE = 0.12  # of the time that `import torch` takes; 0.07 was measured
 
 
 def room_of(module: str) -> str:
@@ -108,15 +108,15 @@ def test_only_the_surgery_touches_fx():
 
 def test_importing_is_quick_and_brings_in_nothing_but_torch():
     code = (
-        "import sys, time, torch; before = set(sys.modules); start = time.process_time(); import sparsetweaks; "
-        "print(1000 * (time.process_time() - start)); "
+        "import sys, time; start = time.process_time(); import torch; before = set(sys.modules); "
+        "middle = time.process_time(); import sparsetweaks; print((time.process_time() - middle) / (middle - start)); "
         "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
     )
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         for _ in range(3)
     ]
-    assert min(float(run.splitlines()[0]) for run in runs) < IMPORT_MILLISECONDS
+    assert min(float(run.splitlines()[0]) for run in runs) < IMPORT_SHARE
     brought = set(runs[0].splitlines()[1].split())
     assert brought <= {"sparsetweaks", "torch", *sys.stdlib_module_names}
 
