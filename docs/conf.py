@@ -38,7 +38,7 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"Tensor|Optimizer|Figure|Path|Any|Callable|Iterable|Iterator|Mapping|Sequence|SearchStrategy",
     ),
-    (r"py:.*", r"Literal|optional|Model|Activation|dict\[str"),
+    (r"py:.*", r"Literal|optional|Model|Activation|Numbers|dict\[str"),
     (r"py:.*", "|".join(re.escape(f"sparsetweaks.{name}") for name in _INSIDE)),
 ]
 
