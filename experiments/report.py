@@ -207,7 +207,11 @@ def speed() -> str:
         rows.append(f"| {' | '.join(cells)} | {line['met'] or line['note']} |")
     where = " and ".join(dict.fromkeys(_machine(line["hardware"], line["threads"]) for line in lines))
     return "\n".join(
-        [*rows, "", f"{where}; versions, and for most why a target is missed, in benchmarks/results/bench.csv."]
+        [
+            *rows,
+            "",
+            f"{where}; versions, and for most why a target is missed, in benchmarks/results/bench.csv.",
+        ]
     )
 
 
