@@ -53,7 +53,7 @@ def main() -> None:
             name = f"{figure}-{arguments.preset}{ending}"
             KEPT.mkdir(exist_ok=True)
             shutil.copyfile(arguments.out / "figures" / name, KEPT / name)
-    (KEPT / f"seconds-{arguments.preset}.csv").write_text(seconds(arguments.out), encoding="utf-8")
+        (KEPT / f"seconds-{arguments.preset}.csv").write_text(seconds(arguments.out), encoding="utf-8")
     if missing:
         raise SystemExit(f"not drawn: {', '.join(missing)}")
 
