@@ -102,6 +102,20 @@ def test_a_summary_counts_what_is_not_zero(ticket, zeros):
     assert st.summary(zeros, inputs=INPUTS).facts.totals == st.summary(ticket, inputs=INPUTS).facts.totals
 
 
+def test_the_analyses_take_them_as_kept_and_say_so(zeros):
+    batch = torch.randn(4, 3, 6, 6), torch.tensor([0, 1, 0, 1])
+    loss = nn.functional.cross_entropy
+    looks = (
+        lambda: st.analysis.layer_collapse(zeros, INPUTS).layers[0].kept,
+        lambda: st.analysis.gradient_flow(zeros, batch, loss).layers[0].kept,
+    )
+    for look in looks:
+        with pytest.warns(st.UnmaskedZerosWarning, match=TOLD) as told:
+            assert look() == 384
+        assert len(told) == 1 and told[0].filename == __file__
+        assert "if not, a mask that keeps them. Here they count as kept" in str(told[0].message)
+
+
 def test_zeros_that_came_by_chance_or_that_a_mask_keeps_are_told_to_nobody():
     chance = nn.Sequential(nn.Linear(200, 200), nn.Linear(200, 2))
     with torch.no_grad():

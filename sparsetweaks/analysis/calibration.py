@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from sparsetweaks.analysis.evaluation import Batches, Data, run, table_text, undisturbed, working_copy
 from sparsetweaks.analysis.figures import COLORS, label, new_figure
+from sparsetweaks.analysis.options import check_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 15  # Guo et al. (2017)
+MOST_BINS = 10_000
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def calibration(
         data: one pair (inputs, targets), or an iterable of them; targets are class numbers of shape (examples,) or
             (examples, positions...), or probabilities of the scores' shape, of which the largest counts. Every one must
             be a class: positions that a loss ignores are not left out here.
-        bins: equal widths of confidence. Default: 15, as in the paper.
+        bins: equal widths of confidence, at most 10,000. Default: 15, as in the paper.
         batch_norm: `"eval"` for the running statistics or `"train"` for the batch's.
         chunk_size: how many examples of a batch to run at once; None for all.
 
@@ -145,8 +147,7 @@ def calibration(
         >>> round(found.error, 3), found.accuracy
         (0.5, 0.5)
     """
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
-        raise ValueError(f"bins must be a whole number, at least 1, got {bins!r}")
+    check_whole("bins", bins, most=MOST_BINS)
     network = working_copy(model, batch_norm=batch_norm)
     confidences, rights = [], []
     with undisturbed(network), torch.no_grad():

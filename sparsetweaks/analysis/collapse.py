@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from sparsetweaks.analysis.evaluation import call, table_text, undisturbed, working_copy
 from sparsetweaks.analysis.figures import COLORS, label, new_figure
 from sparsetweaks.analysis.paths import Passing
+from sparsetweaks.analysis.subspace import KEEP_ALL, check_zeros
 from sparsetweaks.calling import tensors
 from sparsetweaks.forms import masked_places
 from sparsetweaks.masks import masks_by_parameter
@@ -158,7 +159,8 @@ def layer_collapse(model: nn.Module, inputs: Any) -> LayerPathsReport:
 
     Args:
         model: any module, masked in any form or not. It is not changed, and runs as a copy in evaluation mode. Without
-            a mask a weight is kept whatever its value: see `find_masks(model, zeros=True)`.
+            a mask a weight is kept whatever its value, and an `UnmaskedZerosWarning` tells of zeros: see
+            `find_masks(model, zeros=True)`.
         inputs: what the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments, on its
             device. Only shapes matter; one example is enough. Whole numbers go in as they are, and paths then start at
             their embeddings.
@@ -218,6 +220,7 @@ def effective_sparsity(model: nn.Module, inputs: Any) -> LayerPathsReport:
 def _follow(model: nn.Module, inputs: Any) -> LayerPathsReport:
     network = working_copy(model, dtype=torch.float64)
     masks = masks_by_parameter(network)
+    check_zeros(network, masks, unless=KEEP_ALL)
     weights = _weights(network)
     counted = {weight.parameter for weight in select_weights(network)} | set(masks)
     if not weights:

@@ -19,7 +19,7 @@ from sparsetweaks.analysis.figures import COLORS, new_figure
 from sparsetweaks.analysis.flatness import Flatness, flatness
 from sparsetweaks.analysis.gradient_flow import GradientFlow, gradient_flow
 from sparsetweaks.analysis.options import Progress, check_progress
-from sparsetweaks.analysis.subspace import check_zeros
+from sparsetweaks.analysis.subspace import KEEP_ALL, check_zeros
 from sparsetweaks.copying import check_model
 from sparsetweaks.counting import sparsity
 from sparsetweaks.errors import UnmaskedZerosWarning
@@ -99,9 +99,15 @@ class Comparison:
     def __str__(self) -> str:
         names = list(self.networks)
         rows = [looked.row() for looked in self.networks.values()]
-        return table_text(
-            [{"": key, **{name: _cell(row[key]) for name, row in zip(names, rows)}} for key in rows[0]]
-        )
+        lines = [{"": key, **{name: _cell(row[key]) for name, row in zip(names, rows)}} for key in rows[0]]
+        return "\n".join([table_text(lines), *self._notes()])
+
+    def _notes(self) -> Iterable[str]:
+        """Where a number is a bound only."""
+        for name, looked in self.networks.items():
+            if looked.paths is not None and looked.paths.opened:
+                operations = ", ".join(looked.paths.opened)
+                yield f"effective_sparsity of {name!r} is at least this: what passes {operations} is not known"
 
     def plot(self) -> Figure:
         """A panel for each number, a bar in it for each network."""
@@ -226,7 +232,7 @@ def _look(
 ) -> Looked:
     check_values(model)
     if _BY_MASKS & {*wanted}:
-        check_zeros(model, masks_by_parameter(model))
+        check_zeros(model, masks_by_parameter(model), unless=KEEP_ALL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnmaskedZerosWarning)  # it is counted right either way
         report = sparsity(model)
@@ -242,7 +248,9 @@ def _look(
     for name, analyse in analyses.items():
         if name in wanted:
             try:
-                found[name] = analyse()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UnmaskedZerosWarning)  # told above, once
+                    found[name] = analyse()
             except ValueError as error:
                 others = tuple(each for each in wanted if each != name)
                 hint = f" (by {name!r}, which analyses={others} leaves out)" if others else ""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsetweaks.analysis.curvature import Curvature
 from sparsetweaks.analysis.evaluation import Batches, Data, Loss, table_text, undisturbed, working_copy
 from sparsetweaks.analysis.figures import COLORS, label, new_figure
-from sparsetweaks.analysis.subspace import Where, subspace
+from sparsetweaks.analysis.subspace import KEEP_ALL, Where, check_zeros, subspace
 from sparsetweaks.masks import lift_masks
 from sparsetweaks.prunable import select_weights
 
@@ -133,7 +133,8 @@ def gradient_flow(
     is pruned completely counts, with a norm of 0.
 
     Args:
-        model: any module, masked in any form or not. It is not changed, and runs as a copy with dropout off.
+        model: any module, masked in any form or not. It is not changed, and runs as a copy with dropout off. Without a
+            mask a weight is kept whatever its value, and an `UnmaskedZerosWarning` tells of zeros.
         data: one pair (inputs, targets), or an iterable of them.
         loss: maps (outputs, targets) to the mean loss of a batch, a scalar.
         order: of the norms: 1 or 2. Default: 2.
@@ -162,6 +163,7 @@ def gradient_flow(
     network = working_copy(model, batch_norm=batch_norm, dtype=dtype)
     with undisturbed(network):
         masks = lift_masks(network)
+        check_zeros(network, masks, unless=KEEP_ALL)
         weights = _weights(network, masks, where)
         batches = Batches(data, network, chunk_size=chunk_size)
         found = Curvature(network, list(weights.values()), batches, loss, keep_graph=False)

@@ -12,10 +12,11 @@ import torch
 Progress = Callable[[int, int], None]
 
 
-def check_whole(name: str, value: Any, *, least: int = 1) -> None:
-    """Refuse what is no whole number, or too small a one."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
+def check_whole(name: str, value: Any, *, least: int = 1, most: float = math.inf) -> None:
+    """Refuse what is no whole number, or too small or large a one."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+        bounds = f"at least {least}" if most == math.inf else f"from {least} to {most:,}"
+        raise ValueError(f"{name} must be a whole number, {bounds}, got {value!r}")
 
 
 def check_odd(name: str, value: Any) -> None:

@@ -16,6 +16,7 @@ from sparsetweaks.masks import masks_by_parameter
 from sparsetweaks.prunable import about_zeros, close_names, plain_zeros, select_weights
 
 Where = str | Iterable[str] | None
+KEEP_ALL = "a mask that keeps them"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,13 +111,17 @@ def subspace(
     return found
 
 
-def check_zeros(model: nn.Module, masks: Mapping[nn.Parameter, Tensor]) -> None:
-    """Warn of weights that are zero without a mask: the space of a ticket in that form is that of all its weights."""
+def check_zeros(
+    model: nn.Module, masks: Mapping[nn.Parameter, Tensor], *, unless: str = "over='all' says so"
+) -> None:
+    """Warn of weights that are zero without a mask: the space of a ticket in that form is that of all its weights.
+
+    Args:
+        unless: how to say that they are not pruned.
+    """
     zeros = plain_zeros(select_weights(model), masks)
     if zeros:
-        text = (
-            f"{about_zeros(zeros)}; if not, over='all' says so. Here they count as kept, and are free to move"
-        )
+        text = f"{about_zeros(zeros)}; if not, {unless}. Here they count as kept, and are free to move"
         warn(text, UnmaskedZerosWarning)
 
 

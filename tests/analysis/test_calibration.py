@@ -71,6 +71,8 @@ def test_mistakes_are_named():
     two = scores(0.5, 0.7)
     with pytest.raises(ValueError, match="bins must be"):
         calibration(nn.Identity(), (two, torch.tensor([0, 1])), bins=0)
+    with pytest.raises(ValueError, match="bins must be a whole number, from 1 to 10,000, got 1000000000"):
+        calibration(nn.Identity(), (two, torch.tensor([0, 1])), bins=10**9)
     with pytest.raises(ValueError, match="class numbers from 0 to 1"):
         calibration(nn.Identity(), (two, torch.tensor([0, 2])))
     with pytest.raises(ValueError, match="class numbers from 0 to 1"):

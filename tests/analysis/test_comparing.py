@@ -79,7 +79,7 @@ def test_mistakes_are_named():
 def test_progress_and_plain_zeros():
     calls = []
     plain = st.convert_masks(ticket(), to="zeros")
-    with pytest.warns(UnmaskedZerosWarning, match="count as kept"):
+    with pytest.warns(UnmaskedZerosWarning, match="count as kept") as told:
         compare(
             {"masked": ticket(), "plain": plain},
             DATA,
@@ -88,6 +88,21 @@ def test_progress_and_plain_zeros():
             progress=lambda *call: calls.append(call),
         )
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert len(told) == 1 and told[0].filename == __file__
+
+
+def test_what_is_a_bound_only_is_said_so():
+    class Spectrum(nn.Module):
+        def forward(self, input):
+            return torch.fft.fft(input, norm="ortho").real
+
+    model = nn.Sequential(nn.Linear(4, 4), Spectrum(), nn.Linear(4, 3))
+    batch = torch.randn(5, 4, generator=GENERATOR), torch.randint(3, (5,), generator=GENERATOR)
+    known = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    found = compare({"relu": known, "fft": model}, batch, F.cross_entropy, analyses=("paths",))
+    *_, before, last = str(found).splitlines()
+    assert last == "effective_sparsity of 'fft' is at least this: what passes fft_fft is not known"
+    assert "is not known" not in before
 
 
 def test_a_segmentation_is_compared():
