@@ -799,7 +799,7 @@ def one_line(error: BaseException) -> str:
 # -------------------------------------------------------------------------------------------------- the sweep
 
 
-_NOT_SWEPT = ("ghosts", "affine", "foldable", "folding")
+_NOT_SWEPT = ("ghosts", "affine", "foldable", "folding", "norms")
 
 
 def engine() -> str:

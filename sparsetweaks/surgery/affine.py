@@ -103,11 +103,15 @@ def why_not_layer(layer: Any) -> str | None:
     return None
 
 
-def why_not_part(part: Any, layer: Any) -> str | None:
-    """Why a normalisation or a skip is no affine map that the layer can take in."""
+def why_not_part(part: Any, layer: Any, *, known: bool = False) -> str | None:
+    """Why a normalisation or a skip is no affine map that the layer can take in.
+
+    Args:
+        known: whether its forward is known to be a BatchNorm's, although it is not torch's.
+    """
     if isinstance(part, Skip):
         return _why_not_skip(part, layer)
-    if reason := _why_no_scale(part):
+    if reason := _why_no_scale(part, known):
         return f"it {reason}"
     outputs = _channels(layer)[1]
     if part.num_features != outputs:
@@ -115,11 +119,11 @@ def why_not_part(part: Any, layer: Any) -> str | None:
     return None
 
 
-def _why_no_scale(norm: Any) -> str | None:
+def _why_no_scale(norm: Any, known: bool = False) -> str | None:
     """Why a normalisation is no scale and shift of each channel, the same for every input."""
-    if forward_of(norm) not in _NORM_FORWARDS:
-        known = isinstance(norm, nn.modules.batchnorm._BatchNorm)
-        return "has a forward of its own" if known else "is no BatchNorm of torch, whose statistics are fixed"
+    if not known and forward_of(norm) not in _NORM_FORWARDS:
+        torchs = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        return "has a forward of its own" if torchs else "is no BatchNorm of torch, whose statistics are fixed"
     if is_unvalued(norm):
         return "has no values yet: it is lazy, or on the meta device"
     if norm.training:

@@ -22,6 +22,7 @@ from sparsetweaks.surgery import sites as s
 from sparsetweaks.surgery.affine import forward_of, why_not_finite, why_not_layer, why_not_part
 from sparsetweaks.surgery.dataflow import called, first_input, mutates
 from sparsetweaks.surgery.mentions import INDEXES, LOOPS, SLICES
+from sparsetweaks.surgery.norms import children_after
 from sparsetweaks.surgery.programs import Trace, Untraceable
 from sparsetweaks.surgery.scopes import Scopes, is_scope
 from sparsetweaks.surgery.skips import Skip
@@ -100,12 +101,15 @@ class Calls:
         of: by the id of a module, the scopes and nodes that call it.
         read: ids of modules whose tensors a forward reads without calling them.
         unread: ids of modules that a forward may call which cannot be read, and why it cannot.
+        after: by the id of a BatchNorm with a forward of its own that can be read: its children that it calls after it
+            normalised, which stay when that is merged.
         traces: the scopes that were read.
     """
 
     of: dict[int, list[tuple[nn.Module, fx.Node]]] = field(default_factory=dict)
     read: set[int] = field(default_factory=set)
     unread: dict[int, str] = field(default_factory=dict)
+    after: dict[int, dict[str, nn.Module]] = field(default_factory=dict)
     traces: list[tuple[nn.Module, Trace]] = field(default_factory=list)
 
 
@@ -122,12 +126,17 @@ def read_calls(model: nn.Module) -> Calls:
                 calls.unread[id(child)] = str(reason)
             continue
         calls.traces.append((module, trace))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            after = children_after(module, trace)
+            if after is not None:
+                calls.after[id(module)] = after
         for node in _nodes_in_eval(trace):
             if node.op == "call_module":
                 calls.of.setdefault(id(called(node, module)), []).append((module, node))
             elif node.op == "get_attr":
                 owner, _, _ = str(node.target).rpartition(".")
-                calls.read.add(id(module.get_submodule(owner)))
+                if owner:
+                    calls.read.add(id(module.get_submodule(owner)))
     return calls
 
 
@@ -188,7 +197,7 @@ def find_units(model: nn.Module, calls: Calls) -> list[Unit]:
 
 
 def _unit_of(path: str, layer: nn.Module, calls: Calls, paths: dict[int, str]) -> Unit | None:
-    chains = [tuple(_followers(node, scope)) for scope, node in calls.of.get(id(layer), [])]
+    chains = [tuple(_followers(node, scope, calls)) for scope, node in calls.of.get(id(layer), [])]
     if not any(chains):
         return None
     same = [each[0] for each in itertools.takewhile(lambda each: len(set(each)) == 1, zip(*chains))]
@@ -200,7 +209,7 @@ def _unit_of(path: str, layer: nn.Module, calls: Calls, paths: dict[int, str]) -
     return unit
 
 
-def _followers(layer: fx.Node, scope: nn.Module) -> Iterator[nn.Module]:
+def _followers(layer: fx.Node, scope: nn.Module, calls: Calls) -> Iterator[nn.Module]:
     """The normalisations and skips after one call of a layer, each reading nothing but what is before it."""
     last = layer
     while len(last.users) == 1:
@@ -208,7 +217,10 @@ def _followers(layer: fx.Node, scope: nn.Module) -> Iterator[nn.Module]:
         if not _is_identity(user, scope):
             if user.op != "call_module" or not _follows(user, last, layer, scope):
                 return
-            yield called(user, scope)
+            norm = called(user, scope)
+            yield norm
+            if not all(map(_does_nothing, calls.after.get(id(norm), {}).values())):
+                return
         last = user
 
 
@@ -229,10 +241,13 @@ def _after(node: fx.Node) -> Iterator[fx.Node]:
 def _is_identity(node: fx.Node, scope: nn.Module) -> bool:
     """Whether a call returns its input in eval mode."""
     if node.op == "call_module":
-        child = called(node, scope)
-        return forward_of(child) in _IDENTITY_FORWARDS and not child.training and not _hooks(child)
+        return _does_nothing(called(node, scope))
     training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else None)
     return node.op == "call_function" and node.target in _DROPOUT_FUNCTIONS and training is False
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    return forward_of(module) in _IDENTITY_FORWARDS and not module.training and not _hooks(module)
 
 
 def settle(units: list[Unit], calls: Calls) -> None:
@@ -261,7 +276,8 @@ def _limit(unit: Unit, calls: Calls) -> tuple[int, str]:
     if reason:
         return 0, reason
     for at, part in enumerate(unit.merged):
-        reason = why_not_part(part.module, layer) or _why_closed(part.module, calls, "it")
+        known = id(part.module) in calls.after
+        reason = why_not_part(part.module, layer, known=known) or _why_closed(part.module, calls, "it")
         if reason:
             return at, reason
     return len(unit.merged), ""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import collections
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ def fold(model: Model, *, inputs: Any = None, where: s.Where = None, tolerance: 
     Skips of every kind are merged at the strength that they have: identity, subsampling with padded or averaged
     channels, 1x1 projections, with a BatchNorm of their own or not; 1d, 2d and 3d, any stride, dilation, padding and
     kernel, groups as long as the skip stays within them; and parameter-free skips around linear layers. BatchNorms are
-    merged where there is no skip too, also into transposed convolutions, and through dropout and `nn.Identity`.
+    merged where there is no skip too, also into transposed convolutions, and through dropout and `nn.Identity`. Of a
+    BatchNorm that does more, such as timm's `BatchNormAct2d`, the normalisation is merged.
 
     What a skip costs in non-zeros: an identity fills the diagonal of the kernel's central tap, 1 of 9C weights of a
     3x3 kernel with C channels; a dense projection fills the whole central tap, 1 of 9. Folding adds that to a sparse
@@ -100,7 +102,7 @@ def fold(model: Model, *, inputs: Any = None, where: s.Where = None, tolerance: 
     Returns:
         A new model in eval mode, which computes what `model` computes in eval mode; `model` is left untouched. Folded
         layers have the class, names, dtype and `requires_grad` that they had, with a bias; their BatchNorms are
-        `nn.Identity`; their skips are gone, and with them the rewritten forwards. Masks are ordinary weights and bool
+        `nn.Identity`, or an `nn.Sequential` of the children that they called after normalising; their skips are gone, and with them the rewritten forwards. Masks are ordinary weights and bool
         buffers `<parameter>_mask`, which now keep what the skip filled too. `changes(result)[-1]` names the layers that
         took something in, with their non-zeros before and after, and every BatchNorm and skip that stays and why:
         among the reasons is that the folded numbers would not be finite in the layer's dtype.
@@ -232,7 +234,8 @@ def _take_out(model: nn.Module, folded: list[Unit], calls: Calls) -> None:
                 del owner._modules[name]
     for part in merged.values():
         if not isinstance(part, Skip):
-            become(part, nn.Identity())
+            after = calls.after.get(id(part))
+            become(part, nn.Sequential(collections.OrderedDict(after)) if after else nn.Identity())
 
 
 def _stop_calling(module: nn.Module, trace: Trace, names: frozenset[str], all_of_them: bool) -> None:
