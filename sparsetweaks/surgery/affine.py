@@ -123,7 +123,9 @@ def _why_no_scale(norm: Any, known: bool = False) -> str | None:
     """Why a normalisation is no scale and shift of each channel, the same for every input."""
     if not known and forward_of(norm) not in _NORM_FORWARDS:
         torchs = isinstance(norm, nn.modules.batchnorm._BatchNorm)
-        return "has a forward of its own" if torchs else "is no BatchNorm of torch, whose statistics are fixed"
+        return (
+            "has a forward of its own" if torchs else "is no BatchNorm of torch, whose statistics are fixed"
+        )
     if is_unvalued(norm):
         return "has no values yet: it is lazy, or on the meta device"
     if norm.training:

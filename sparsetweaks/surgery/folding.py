@@ -102,10 +102,11 @@ def fold(model: Model, *, inputs: Any = None, where: s.Where = None, tolerance: 
     Returns:
         A new model in eval mode, which computes what `model` computes in eval mode; `model` is left untouched. Folded
         layers have the class, names, dtype and `requires_grad` that they had, with a bias; their BatchNorms are
-        `nn.Identity`, or an `nn.Sequential` of the children that they called after normalising; their skips are gone, and with them the rewritten forwards. Masks are ordinary weights and bool
-        buffers `<parameter>_mask`, which now keep what the skip filled too. `changes(result)[-1]` names the layers that
-        took something in, with their non-zeros before and after, and every BatchNorm and skip that stays and why:
-        among the reasons is that the folded numbers would not be finite in the layer's dtype.
+        `nn.Identity`, or an `nn.Sequential` of the children that they called after normalising; their skips are gone, and
+        with them the rewritten forwards. Masks are ordinary weights and bool buffers `<parameter>_mask`, which now keep
+        what the skip filled too. `changes(result)[-1]` names the layers that took something in, with their non-zeros
+        before and after, and every BatchNorm and skip that stays and why: among the reasons is that the folded numbers
+        would not be finite in the layer's dtype.
 
     Raises:
         ValueError: for a pattern that matches nothing, or a tolerance below 0 or without inputs.

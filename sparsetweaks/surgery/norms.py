@@ -17,7 +17,16 @@ from sparsetweaks.surgery.programs import Case, Trace
 
 _BATCH_NORM = inspect.signature(F.batch_norm)
 _TENSORS = ("running_mean", "running_var", "weight", "bias")
-_CHECKS = (getattr, torch._assert, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
+_CHECKS = (
+    getattr,
+    torch._assert,
+    operator.eq,
+    operator.ne,
+    operator.lt,
+    operator.le,
+    operator.gt,
+    operator.ge,
+)
 """What a forward may do beside, as it changes nothing: check the shape of its input."""
 
 

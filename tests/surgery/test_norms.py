@@ -30,7 +30,12 @@ class Written(nn.BatchNorm2d):
 
 
 def network(norm: nn.Module, *, after: nn.Module | None = None) -> nn.Module:
-    layers = [nn.Conv2d(4, 5, 3, padding=1, bias=False), norm, *([after] if after else []), nn.Conv2d(5, 2, 1)]
+    layers = [
+        nn.Conv2d(4, 5, 3, padding=1, bias=False),
+        norm,
+        *([after] if after else []),
+        nn.Conv2d(5, 2, 1),
+    ]
     model = nn.Sequential(*layers).double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
