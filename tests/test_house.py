@@ -25,7 +25,7 @@ FLOORS = (
         "surgery.programs",
         "surgery.mentions",
     ],
-    ["surgery.tracing", "surgery.dataflow", "probing"],
+    ["surgery.tracing", "surgery.dataflow", "surgery.norms", "probing"],
     ["surgery.scopes", "surgery.units"],
     ["forms", "surgery.sites", "testing"],
     ["prunable", "keeping", "sparse_file", "surgery.ghosts"],
