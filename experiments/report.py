@@ -162,6 +162,7 @@ def paper_and_ours(preset: str) -> str:
         return "Not run yet."
     times = read_table(PICTURES / f"seconds-{preset}.csv")
     used = sum(float(row["processor_seconds"]) for row in times) / 60
+    count = sum((PICTURES / f"{figure}-{preset}.png").is_file() for figure in FIGURES)
     return "\n".join(
         [
             *(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * 4, *lines[1:])),
@@ -170,7 +171,7 @@ def paper_and_ours(preset: str) -> str:
             'corrected for the number of claims; "times" are ratios of geometric means. A sentence of the paper that says '
             "several things has a line for each. A line is settled where the whole interval says the same; two are equal "
             f"where it lies within {POINTS[1]} points, or {math.exp(TIMES[0]):.1f} to {math.exp(TIMES[1]):.1f} times. "
-            f"{len(times)} of {len(FIGURES)} were run, in {used:.0f} minutes of one thread of {times[0]['hardware']}, torch "
+            f"{count} of {len(FIGURES)} were run, in {used:.0f} minutes of one thread of {times[0]['hardware']}, torch "
             f"{times[0]['torch'].split('+')[0]}. What they say about smoothness: "
             "[experiments/figures](experiments/figures/README.md).",
         ]
