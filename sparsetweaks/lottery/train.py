@@ -22,6 +22,7 @@ from sparsetweaks.lottery.data import Data, Images, batches
 from sparsetweaks.lottery.files import State, load, save
 from sparsetweaks.masks import find_masks
 from sparsetweaks.recipe.labels import distillation_loss
+from sparsetweaks.surgery.skips import Skip
 
 SEED_STRIDE = 1_000_003  # no two epochs of two seeds share a generator
 SAVING = 0.01  # the most of the time that may go into checkpoints
@@ -117,12 +118,13 @@ def train(
         )
     device = data.mean.device
     loss = nn.CrossEntropyLoss() if loss is None else loss
-    model.to(device).to(memory_format=torch.channels_last)
+    memory_format = _memory_format(model, device, recipe)
+    model.to(device).to(memory_format=memory_format)
     ranks.check_batch(min(recipe.batch_size, len(data.train)))
     parallel = ranks.wrapped(model)
     mode = recipe.compile if isinstance(recipe.compile, str) else None
     forward = torch.compile(parallel, mode=mode) if recipe.compile else parallel
-    teach = None if teacher is None else teacher.to(device).to(memory_format=torch.channels_last).eval()
+    teach = None if teacher is None else teacher.to(device).to(memory_format=memory_format).eval()
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=recipe.learning_rate,
@@ -152,7 +154,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.learning_rate * schedule(epoch + step / steps, recipe)
                 ours = ranks.share(len(labels))
-                images, labels = images[ours].contiguous(memory_format=torch.channels_last), labels[ours]
+                images, labels = images[ours].contiguous(memory_format=memory_format), labels[ours]
                 with autocast:
                     logits = forward(images)
                 value = _objective(loss, teach, logits, labels, images, autocast)
@@ -195,6 +197,17 @@ def train(
         _save(checkpoint, done)
     model.load_state_dict(done.weights["best"])
     return done
+
+
+def _memory_format(model: nn.Module, device: torch.device, recipe: Recipe) -> torch.memory_format:
+    """Channels last, in which convolutions are quickest, but where the gradients of skips spoil that.
+
+    A skip that changes the shape hands on gradients with the channels first. On a CPU in float32 a step of ResNet-20 with
+    skips and Swish takes 1.3 times as long so as with all channels first.
+    """
+    skips = any(isinstance(module, Skip) for module in model.modules())
+    spoiled = skips and device.type == "cpu" and not computes_in_bfloat16(recipe, device)
+    return torch.contiguous_format if spoiled else torch.channels_last
 
 
 def _objective(

@@ -15,6 +15,7 @@ from sparsetweaks.lottery.models import build
 from sparsetweaks.lottery.train import accuracy, schedule, train
 from sparsetweaks.masks import find_masks
 from sparsetweaks.pruning import prune
+from sparsetweaks.surgery.skips import inject_skips
 
 NETWORK = Network("resnet8", width=4)
 RECIPE = Recipe(epochs=2, batch_size=64, precision="float32")
@@ -48,6 +49,25 @@ def test_digits_are_learned(precision: str) -> None:
     model = build(Network("resnet8", width=8), channels=1, classes=10, seed=0)
     recipe = Recipe(epochs=4, batch_size=64, precision=precision)
     assert train(model, load("digits"), recipe, seed=0).test > 0.7  # 0.93 and 0.91; by chance 0.1
+
+
+@pytest.mark.parametrize(
+    ("tweak", "precision", "last"),
+    [
+        (lambda model: model, "float32", True),
+        (inject_skips, "float32", False),
+        (inject_skips, "bfloat16", True),
+    ],
+    ids=["plain", "skips", "skips in bfloat16"],
+)
+def test_skips_are_trained_with_the_channels_first_where_that_is_quicker(
+    digits: Data, tweak, precision, last
+) -> None:
+    model, gradients = tweak(model_of()), set()
+    weight = model.stages[1][0].conv1.weight
+    weight.register_hook(lambda g: gradients.add(g.is_contiguous(memory_format=torch.channels_last)))
+    train(model, digits, replace(RECIPE, epochs=1, precision=precision), seed=0)
+    assert weight.is_contiguous(memory_format=torch.channels_last) == last and gradients == {last}
 
 
 @pytest.mark.parametrize(
