@@ -35,12 +35,16 @@ def differences(
     both = [(name, old[name], new[name]) for name in new if name in old]
     pairs = [(name, a, b) for name, a, b in both if a.shape == b.shape]
     marks: dict[str, list[Mark]] = {}
-    notes = [_about("the shapes of {}", len(both) - len(pairs))]
+    shared = {path for path, _ in before.named_modules()} & {path for path, _ in after.named_modules()}
+    notes = _only(_within(old, shared), _within(new, shared), "parameter tensor")
+    notes.append(_about("the names in the state_dict of {}", _renamed(before, after, pairs)))
+    notes.append(_about("the shapes of {}", len(both) - len(pairs)))
     notes.append(_about("the dtypes of {}", sum(a.dtype != b.dtype for _, a, b in pairs)))
     notes.append(_compare_masks(pairs, masks, marks, paths))
+    notes += _only(*_masked(pairs, masks), "mask")
     notes.append(_compare_values(pairs, masks, marks, paths))
     notes.append(_compare_frozen(pairs))
-    notes += _compare_buffers(before, after)
+    notes += _compare_buffers(_buffers(before, shared), _buffers(after, shared))
     return marks, [note for note in notes if note]
 
 
@@ -51,6 +55,32 @@ def _parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
         re.sub(r"(^|\.)parametrizations\.(\w+)\.original$", r"\1\2", name.removesuffix("_orig")): parameter
         for name, parameter in named
     }
+
+
+def _renamed(before: nn.Module, after: nn.Module, pairs: Pairs) -> int:
+    """How many parameters are there under another name, which says in what form they are masked."""
+    old, new = ({id(p): name for name, p in model.named_parameters()} for model in (before, after))
+    return sum(old[id(a)] != new[id(b)] for _, a, b in pairs)
+
+
+def _masked(pairs: Pairs, masks: tuple[Masks, Masks]) -> tuple[set[str], set[str]]:
+    """The names of the parameters that have a mask before and after."""
+    return {name for name, a, _ in pairs if a in masks[0]}, {name for name, _, b in pairs if b in masks[1]}
+
+
+def _within(named: Mapping[str, Tensor], paths: Set[str]) -> set[str]:
+    """The names of tensors that these modules hold."""
+    return {name for name in named if name.rpartition(".")[0] in paths}
+
+
+def _only(before: Set[str], after: Set[str], kind: str) -> list[str]:
+    """What is there by name in one model alone."""
+    counts = (len(before - after), "before"), (len(after - before), "after")
+    return [
+        f"{_counted(count, kind)} {'is' if count == 1 else 'are'} only {when}"
+        for count, when in counts
+        if count
+    ]
 
 
 def _about(what: str, count: int, kind: str = "parameter tensor") -> str:
@@ -132,7 +162,7 @@ def _factor(before: nn.Parameter, after: nn.Parameter, masks: tuple[Masks, Masks
     size = a.dot(a)
     factor = float(a.dot(b) / size) if size else 0.0
     close = bool(((b - factor * a).abs() <= _SCALE_TOLERANCE * b.abs().max()).all())
-    return factor if close and factor > 0 else None
+    return factor if close and factor > 0 and abs(factor - 1) > _SCALE_TOLERANCE else None
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -149,17 +179,12 @@ def _compare_frozen(pairs: Pairs) -> str:
     return f"requires_grad differs: {_counted(frozen)} {are} frozen only before, {since:,} only after"
 
 
-def _compare_buffers(before: nn.Module, after: nn.Module) -> list[str]:
-    """What differs in the buffers of modules that both have, masks aside."""
-    shared = {path for path, _ in before.named_modules()} & {path for path, _ in after.named_modules()}
-    old, new = _buffers(before, shared), _buffers(after, shared)
+def _compare_buffers(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> list[str]:
+    """What differs in buffers of the same names."""
     both = [(old[name], new[name]) for name in new if name in old]
-    only = [(len(each) - len(both), when) for each, when in ((old, "before"), (new, "after"))]
-    notes = [
-        f"{_counted(count, 'buffer')} {'is' if count == 1 else 'are'} only {when}"
-        for count, when in only
-        if count
-    ]
+    notes = _only(old.keys(), new.keys(), "buffer")
+    if other := sum(a.dtype != b.dtype for a, b in both):
+        notes.append(_about("the dtypes of {}", other, "buffer"))
     known = [(a, b) for a, b in both if not (a.is_meta or b.is_meta)]
     other = sum(a.shape != b.shape or not _equal(a, b.to(a.device)) for a, b in known)
     if other:
@@ -168,6 +193,7 @@ def _compare_buffers(before: nn.Module, after: nn.Module) -> list[str]:
 
 
 def _buffers(model: nn.Module, paths: Set[str]) -> dict[str, Tensor]:
+    """Those of these modules by name, masks aside."""
     masks = {id(mask) for place in masked_places(model) for mask in place.stored_masks()}
     return {
         name: buffer

@@ -61,7 +61,10 @@ def test_masks_are_compared_whatever_their_form():
     first, second = (st.apply_masks(network(), masks) for masks in halves())
     other = network()
     torch_prune.custom_from_mask(other[0], "weight", halves()[0]["0.weight"])
-    assert said(first, other) == [NOTHING, *said(first, first)[1:]]
+    assert said(first, other) == [
+        "the names in the state_dict of 1 parameter tensor differ",
+        *said(first, first)[1:],
+    ]
     assert "the masks of 1 weight tensor differ: 54 weights are kept only before, 54 only after" in said(
         second, other
     )
@@ -83,12 +86,42 @@ def test_plain_weights_are_compared():
     assert NOTHING not in said(model, changed)
 
 
+def test_a_mask_that_only_one_has_is_told():
+    masked = st.prune(network(), 0.5)
+    plain = st.convert_masks(masked, to="zeros")
+    kept = st.apply_masks(network(), {"0.weight": torch.ones(4, 3, 3, 3, dtype=torch.bool)})
+    assert "2 masks are only before" in said(masked, plain)
+    assert "2 masks are only after" in said(plain, masked)
+    assert "1 mask is only after" in said(network(), kept)
+
+
+def test_a_small_difference_is_no_scale_and_no_nothing():
+    model = network()
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([1.0, 0, 0, 0]))
+        changed[0].bias.copy_(torch.tensor([1.0, 1e-6, 0, 0]))
+        changed[3].weight.add_(1e-7 * torch.randn_like(changed[3].weight))
+    assert "the kept values of 2 of 8 parameter tensors differ" in said(model, changed)
+    assert not marks(model, changed)
+
+
+def test_a_parameter_of_another_name_is_told():
+    first, second = nn.Module(), nn.Module()
+    first.w, second.v = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    notes = said(first, second)
+    assert "1 parameter tensor is only before" in notes and "1 parameter tensor is only after" in notes
+
+
 def test_buffers_are_compared():
     model = network()
     changed = copy.deepcopy(model)
     changed[1].running_mean += 1
     notes = said(model, changed)
     assert "the values of 1 of 3 buffers differ" in notes and NOTHING not in notes
+    wide = copy.deepcopy(model)
+    wide[1].running_mean = wide[1].running_mean.double()
+    assert "the dtypes of 1 buffer differ" in said(model, wide)
 
 
 def test_masks_are_no_buffers_of_this_kind():
