@@ -48,8 +48,8 @@ def match_budget(
             is not changed.
         nonzeros: how many shall be left of what `of` says.
         of: what is counted: `"parameters"`, all parameters that no mask removes, those of normalisation, biases and
-            the classifier too (`cost(model, inputs).nonzeros`); or `"weights"`, the masked weights and all that tweaks
-            added (`sparsity(model)`'s `kept` and `added_kept`), as papers count sparsity.
+            the classifier too (`cost(model, inputs).nonzeros`); or `"weights"`, the prunable and masked weights and all that
+            tweaks added (`sparsity(model)`'s `kept` and `added_kept`), as papers count sparsity.
         ranked_by: a model or `state_dict` of the same names, whose weights' magnitudes decide in place of the
             model's own: the trained weights, say, of a ticket that is rewound since.
 
@@ -88,7 +88,8 @@ def match_budget(
     masks = {name: masks[name] for name, weight in weights.items() if first[weight] == name}
 
     added = {p for module in added_modules(ordinary) for p in module.parameters()} - set(weights.values())
-    counted = added if of == "weights" else set(ordinary.parameters()) - set(weights.values())
+    whole = added | {each.parameter for each in select_weights(ordinary) if each.parameter is not None}
+    counted = (whole if of == "weights" else set(ordinary.parameters())) - set(weights.values())
     fixed = sum(parameter.numel() for parameter in counted)
     left = sum(int(mask.count_nonzero()) for mask in masks.values())
     if nonzeros > fixed + left:
@@ -136,6 +137,6 @@ def _scores(
     if not isinstance(state, Mapping):
         raise ValueError(f"ranked_by is a model or a state_dict, got a {type(ranked_by).__name__}")
     for name, weight in weights.items():
-        if name not in state or state[name].shape != weight.shape:
+        if getattr(state.get(name), "shape", None) != weight.shape:
             raise ValueError(f"ranked_by has no {name!r} of shape {tuple(weight.shape)} to rank by")
     return {name: state[name] for name in weights}

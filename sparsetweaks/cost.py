@@ -27,6 +27,13 @@ _aten = torch.ops.aten
 # What leaves a pruned weight zero: its result carries the same mask, so that a weight is known again in low precision
 # and in the forms that multiply the mask in.
 _KEEPS_ZEROS = (_aten.mul, _aten.div, _aten._to_copy, _aten.clone, _aten.neg)
+# Where factors stand among the arguments, if something that is only added stands there too.
+_FACTORS = {
+    _aten.addmm: slice(1, 3),
+    _aten.baddbmm: slice(1, 3),
+    _aten.convolution: slice(0, 2),
+    _aten._convolution: slice(0, 2),
+}
 _RUNNING = "(outside any module)"
 
 
@@ -200,7 +207,7 @@ class _Watch(TorchDispatchMode):
         self.peak = 0
         self.running: Callable[[], str] = lambda: _RUNNING
         self._live = 0
-        self._masks: dict[int, tuple[int, Tensor]] = {}
+        self._masks: dict[int, tuple[int, int, Tensor]] = {}
         self._known = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
         for parameter, mask in masks.items():
             self._remember(parameter, mask)
@@ -231,7 +238,7 @@ class _Watch(TorchDispatchMode):
     def _count(self, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         flops = self._registry[packet](*args, **kwargs, out_val=result)
         effective = flops
-        for operand in args:
+        for operand in args[_FACTORS.get(packet, slice(None))]:
             kept = self._kept(operand) if isinstance(operand, Tensor) else None
             if kept is not None and operand.numel():
                 effective = min(effective, flops * int(kept.sum()) // operand.numel())
@@ -244,7 +251,7 @@ class _Watch(TorchDispatchMode):
     def _remember(self, weight: Tensor, mask: Tensor) -> None:
         storage = weight.untyped_storage()
         laid_out = torch.empty_strided(weight.shape, weight.stride(), dtype=torch.bool, device=mask.device)
-        self._masks[id(storage)] = int(weight.storage_offset()), laid_out.copy_(mask)
+        self._masks[id(storage)] = int(weight.storage_offset()), weight.itemsize, laid_out.copy_(mask)
         weakref.finalize(storage, self._masks.pop, id(storage), None)
 
     def _kept(self, operand: Tensor) -> Tensor | None:
@@ -252,8 +259,12 @@ class _Watch(TorchDispatchMode):
         found = self._masks.get(id(operand.untyped_storage()))
         if found is None:
             return None
-        first, mask = found
-        return mask.as_strided(operand.shape, operand.stride(), operand.storage_offset() - first)
+        first, size, mask = found
+        parts, rest = divmod(size, operand.itemsize)  # a complex number's parts share its mask
+        if rest or not parts:
+            return None
+        strides = [stride // parts for stride in operand.stride()]
+        return mask.as_strided(operand.shape, strides, operand.storage_offset() // parts - first)
 
     def _pass_on(self, args: tuple[Any, ...], result: Tensor) -> None:
         for operand in args:

@@ -127,6 +127,7 @@ def test_ranked_by_the_weights_that_chose_the_masks(as_state):
         (0, {"of": "weights"}, "leaves no weight of 0 non-zeros"),
         (50, {"of": "layers"}, "unknown of 'layers': choose from 'parameters', 'weights'"),
         (50, {"ranked_by": {}}, "ranked_by has no '0.weight' of shape"),
+        (50, {"ranked_by": {"0.weight": [1]}}, "ranked_by has no '0.weight' of shape"),
     ],
 )
 def test_what_cannot_be_met_is_refused(nonzeros, options, message):
@@ -154,3 +155,11 @@ def test_a_budget_is_a_whole_number(nonzeros, given):
 def test_what_ranks_is_a_model_or_a_state():
     with pytest.raises(ValueError, match="ranked_by is a model or a state_dict, got a list"):
         match_budget(sw.prune(network(), 0.5), 60, ranked_by=[])
+
+
+def test_weights_are_those_that_sparsity_counts_where_masks_are_on_some_only():
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)
+    part = sw.prune(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 2)), 0.5, exclude="0")
+    assert sw.sparsity(match_budget(part, 400, of="weights")).kept == 400
+    with pytest.raises(ValueError, match=r"216 parameters carry no mask \(0 of them added by tweaks\)"):
+        match_budget(part, 200, of="weights")

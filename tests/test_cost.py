@@ -309,3 +309,21 @@ def test_a_cost_is_frozen_and_pickles():
 
     pickle.dump(found, file)
     assert pickle.loads(file.getvalue()) == found
+
+
+def test_a_masked_bias_saves_no_multiplication():
+    masks = {"bias": torch.tensor([True, *[False] * 9])}
+    found = cost(st.apply_masks(nn.Linear(10, 10), masks), torch.zeros(1, 10))
+    assert (found.flops, found.effective_flops, found.nonzeros) == (200, 200, 101)
+    images = torch.zeros(1, 3, 8, 8)
+    both = st.prune(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1)), 0.5)
+    before = cost(both, images).effective_flops
+    torch_prune.random_unstructured(both[1], "bias", 0.9)
+    assert cost(both, images).effective_flops == before
+
+
+def test_a_complex_convolution_counts_its_masks_too():
+    layer = nn.Conv1d(4, 4, 3, padding=1, bias=False, dtype=torch.complex64)
+    ticket = st.apply_masks(layer, {"weight": torch.arange(48).view(4, 4, 3) % 4 == 0})
+    found = cost(ticket, torch.zeros(1, 4, 5, dtype=torch.complex64))
+    assert found.nonzeros == 12 and found.flops // 4 <= found.effective_flops < found.flops

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import collections
+import numbers
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 from torch.utils import _pytree as pytree
 
-from sparsetweaks.calling import call
+from sparsetweaks.calling import call, tensors
 from sparsetweaks.copying import Model, copy_model
 from sparsetweaks.errors import NoEffectWarning, SurgeryError
-from sparsetweaks.masks import find_masks
+from sparsetweaks.masks import find_masks, masks_by_parameter
 from sparsetweaks.probing import rng_restored
 from sparsetweaks.surgery import sites as s
 from sparsetweaks.surgery.activations import become
@@ -130,12 +131,13 @@ def fold(model: Model, *, inputs: Any = None, where: s.Where = None, tolerance: 
         >>> report.layers[0].own, report.layers[0].after <= 58 + 8
         (58, True)
     """
-    if tolerance is not None and (inputs is None or not tolerance >= 0):
+    number = isinstance(tolerance, numbers.Real) and float(tolerance) >= 0
+    if tolerance is not None and (inputs is None or not number):
         raise ValueError(f"tolerance is at least 0 and for the check with inputs=; got {tolerance!r}")
     result = copy_model(model)
     s.refuse_wrapped(result)
     result.eval()
-    before = nonzeros(result.parameters())
+    before = _nonzeros_of(result)
     calls = read_calls(result)
     units = find_units(result, calls)
     chosen = frozenset(s.select(s.Sites(unit.site() for unit in units), where))
@@ -151,9 +153,15 @@ def fold(model: Model, *, inputs: Any = None, where: s.Where = None, tolerance: 
     _take_out(result, folded, calls)
     error = None if inputs is None else _check(model, result, inputs, tolerance)
     done = s.Sites(unit.site() for unit in folded)
-    report = Folding("fold", done, left, layers, before, nonzeros(result.parameters()), error)
+    report = Folding("fold", done, left, layers, before, _nonzeros_of(result), error)
     vars(result)["_changes"] = (*s.changes(result), report)
     return result
+
+
+def _nonzeros_of(model: nn.Module) -> int:
+    """Of all parameters, without what masks remove."""
+    masks = masks_by_parameter(model)
+    return nonzeros(p[masks[p]] if p in masks and not p.is_meta else p for p in model.parameters())
 
 
 def nonzeros(tensors: Iterable[torch.Tensor]) -> int:
@@ -299,7 +307,11 @@ def _outputs(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
     runner = copy_model(model).eval()
     with torch.no_grad(), rng_restored(model):  # so that both models draw the same numbers, if they draw any
         outputs = call(runner, inputs)
-    return [each for each in pytree.tree_leaves(outputs) if isinstance(each, torch.Tensor)]
+    found = [each for leaf in pytree.tree_leaves(outputs) for each in tensors(leaf)]
+    if not found:
+        kind = type(outputs).__name__
+        raise SurgeryError(f"the model puts out no tensor to compare, but a {kind}: leave out inputs=")
+    return found
 
 
 def _distance(expected: torch.Tensor, found: torch.Tensor) -> float:

@@ -315,7 +315,8 @@ def anneal_ghosts(
         >>> trained = st.remove_ghosts(average.module)
     """
     check_model(model)
-    if schedule not in _SCHEDULES:
+    progress, until = _fraction("progress", progress), _fraction("until", until)
+    if not isinstance(schedule, str) or schedule not in _SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(_SCHEDULES)}")
     if not 0 < until <= 1:
         raise ValueError(
@@ -335,6 +336,14 @@ def anneal_ghosts(
         for ghost in ghosts:
             ghost.strength.fill_(left * ghost.start)
     return left
+
+
+def _fraction(name: str, value: Any) -> float:
+    """A number, also one in a tensor, as torch's schedulers give them."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} is a fraction of training, a number; got {value!r}") from error
 
 
 # ------------------------------------------------------------------------------------------------------- removal

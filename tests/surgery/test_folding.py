@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -754,6 +755,7 @@ def test_tolerances():
     for wrong in (
         {"inputs": x, "tolerance": -1},
         {"inputs": x, "tolerance": float("nan")},
+        {"inputs": x, "tolerance": "tight"},
         {"tolerance": 0.1},
     ):
         with pytest.raises(ValueError, match="tolerance is at least 0 and for the check with inputs="):
@@ -780,3 +782,38 @@ def test_a_pattern_that_matches_nothing_and_wrapped_models_are_refused():
         st.fold("model")
     with pytest.warns(st.NoEffectWarning, match="nothing that can be folded"):
         st.fold(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+
+
+@dataclasses.dataclass
+class Output:
+    scores: torch.Tensor
+
+
+class Wrapped(nn.Module):
+    """Puts out an object of its own."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.body, self.wrap = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), wrap
+
+    def forward(self, x):
+        return self.wrap(self.body(x))
+
+
+def test_outputs_of_a_dataclass_are_compared_and_others_are_refused():
+    positions = torch.randn(2, 4, 4)  # of which the BatchNorm normalises the second dimension
+    with pytest.raises(st.SurgeryError, match="differs by"):
+        st.fold(shaken(Wrapped(Output)), inputs=positions)
+    assert st.changes(st.fold(shaken(Wrapped(Output)), inputs=torch.randn(2, 4)))[-1].error < 1e-5
+    with pytest.raises(st.SurgeryError, match="puts out no tensor to compare, but a str"):
+        st.fold(shaken(Wrapped(str)), inputs=torch.randn(2, 4))
+
+
+def test_pruned_weights_are_no_non_zeros_whatever_the_form_of_the_masks():
+    for to in ("buffers", "torch_prune", "parametrization"):
+        model = st.convert_masks(st.prune(nn.Sequential(*unit(3, 8, 3), *unit(8, 8, 3)), 0.9), to=to)
+        report = st.changes(st.fold(model, where="0"))[-1]
+        assert (
+            report.before == st.cost(model, torch.zeros(1, 3, 8, 8)).nonzeros - 2 * 8
+        )  # zeros of BatchNorms
+        assert report.after < report.before + 16

@@ -223,7 +223,7 @@ def test_bad_annealing_is_named():
     for progress in (-0.1, 1.1, float("nan"), 5):
         with pytest.raises(ValueError, match="progress"):
             st.anneal_ghosts(model, progress)
-    for until in (0, 1.5, float("nan")):
+    for until in (0, 1.5, float("nan"), "a"):
         with pytest.raises(ValueError, match="until"):
             st.anneal_ghosts(model, 0.5, until=until)
     with pytest.raises(TypeError):
@@ -490,3 +490,13 @@ def test_ghost_training_on_digits_ends_in_the_original_network():
         with_ghosts, without = (model.eval()(x[1297:]) for model in (ticket, trained))
     assert torch.equal(with_ghosts, without)
     assert (without.argmax(1) == y[1297:]).float().mean() > 0.8
+
+
+def test_progress_is_a_number_of_any_kind_and_what_is_none_is_refused():
+    model = st.inject_skips(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)), ghost=True)
+    left = st.anneal_ghosts(model, torch.tensor(0.25))
+    assert type(left) is float and left == 0.5
+    with pytest.raises(ValueError, match="progress is a fraction of training, a number; got 'x'"):
+        st.anneal_ghosts(model, "x")
+    with pytest.raises(ValueError, match="unknown schedule"):
+        st.anneal_ghosts(model, 0.5, schedule=["linear"])
