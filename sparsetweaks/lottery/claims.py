@@ -226,6 +226,10 @@ def _epoch(reading: Reading, found: Readings) -> int:
     return {"": BEST, "first": epochs[0], "last": epochs[-1]}[reading.epoch]
 
 
+def _seeds(number: int) -> str:
+    return f"{number} seed{'' if number == 1 else 's'}"
+
+
 def _where(found: Readings, at: str | float, reading: Reading) -> str:
     levels, epoch = _levels(found, at), _epoch(reading, found)
     when = "" if epoch == BEST else f" after epoch {epoch}"
@@ -243,7 +247,7 @@ def _in_points(claim: Claim, found: Readings, contrasts: Mapping[str, Cell]) -> 
     told = {name: f"{each.mean:+.2f}{_width(each)}" for name, each in contrasts.items()}
     if claim.rivals:
         over = ", ".join(f"{each} points over {name}" for name, each in told.items())
-        return f"{claim.variant} {at}: {over}, over {seeds} seeds"
+        return f"{claim.variant} {at}: {over}, over {_seeds(seeds)}"
     if claim.kind == "growth":
         pair = f"{claim.variant} over {claim.over}, its gain {at} less that {since}"
     elif claim.since is None:
@@ -252,7 +256,7 @@ def _in_points(claim: Claim, found: Readings, contrasts: Mapping[str, Cell]) -> 
         pair = f"{claim.variant} {at} less that {since}"
     else:
         pair = f"{claim.variant} {at} over {claim.over} {since}"
-    return f"{pair}: {told[claim.over]} points over {seeds} seeds"
+    return f"{pair}: {told[claim.over]} points over {_seeds(seeds)}"
 
 
 def _in_times(claim: Claim, found: Readings, contrasts: Mapping[str, Cell]) -> str:
@@ -261,7 +265,7 @@ def _in_times(claim: Claim, found: Readings, contrasts: Mapping[str, Cell]) -> s
     assert claim.kind != "growth", "no claim is about how a ratio changes"
     ratios = {name: times(each) for name, each in contrasts.items()}
     seeds = next(iter(ratios.values())).seeds
-    where = f"over {seeds} seeds {_where(found, claim.at, reading)}"
+    where = f"over {_seeds(seeds)} {_where(found, claim.at, reading)}"
     if claim.kind == "distance":
         own, base = (
             _cell(found, reading, name, claim.at, reading.space) for name in (claim.variant, claim.over)
@@ -308,7 +312,7 @@ def _two_spaces(claim: Claim, found: Readings, setting: str) -> Finding:
         return Finding(setting, "", f"the {reading.quantity} has no ratio between spaces", "not comparable")
     ours = (
         f"the {reading.quantity} of {BASELINE} over all weights, pruned ones too, is {change} that over the kept ones "
-        f"over {change.seeds} seeds {_where(found, claim.at, reading)}"
+        f"over {_seeds(change.seeds)} {_where(found, claim.at, reading)}"
     )
     differ = "the two spaces differ" if change.side else "the two spaces do not differ beyond noise"
     return Finding(setting, "", ours, differ)

@@ -54,6 +54,15 @@ from sparsetweaks.lottery.results import append_row, kept_runs, plot, read_rows,
 from sparsetweaks.lottery.spend import seeds_of
 from sparsetweaks.lottery.store import Ticket, load_ticket
 
+_TRAINING = {  # those of its trainings
+    "epochs": "--epochs",
+    "batch_size": "--batch-size",
+    "learning_rate": "--learning-rate",
+    "warmup_epochs": "--warmup-epochs",
+    "precision": "--precision",
+    "compiled": "--compile",
+    "rewind_epoch": "--rewind-epoch",
+}
 _DRAWING = {  # options of `draw` by parameter, of which some exclude others
     "method": "--method",
     "levels": "--levels",
@@ -62,7 +71,7 @@ _DRAWING = {  # options of `draw` by parameter, of which some exclude others
     "scope": "--scope",
     "masks": "--masks",
     "masks_name": "--masks-name",
-    "rewind_epoch": "--rewind-epoch",
+    **_TRAINING,
 }
 
 
@@ -152,7 +161,7 @@ def _check_drawing(context: click.Context, method: str) -> None:
         says, useless = "--masks-name is for --masks", {"masks_name"}
     elif method != "magnitude":
         says = f"--method {method} prunes once and trains nothing"
-        useless = given & {"levels", "fraction", "rewind_epoch"}
+        useless = given & {"levels", "fraction", *_TRAINING}
     else:
         says = "--sparsity prunes in one shot"
         useless = given & {"levels", "fraction"} if "sparsities" in given else set()
@@ -297,13 +306,13 @@ def _log(out: Path, command: str, options: dict[str, Any], recipe: Recipe) -> No
         return
     told = {"command": command, **options, "recipe": asdict(recipe), "torch": torch.__version__}
     line = json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **told}, default=str)
+    path = out / "commands.jsonl"
     try:
-        with (out / "commands.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        cut = path.is_file() and not path.read_bytes().endswith(b"\n")  # a line before this one was cut off
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n" * cut + line + "\n")
     except OSError as error:
-        raise LotteryError(
-            f"cannot write {out / 'commands.jsonl'}: {error.strerror}; the results before are kept"
-        ) from error
+        raise LotteryError(f"cannot write {path}: {error.strerror}; the results before are kept") from error
 
 
 def _describe(ticket: Ticket) -> str:

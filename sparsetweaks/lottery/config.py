@@ -130,6 +130,10 @@ class Recipe:
             )
         if not self.learning_rate > 0:
             raise LotteryError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise LotteryError(
+                f"warmup_epochs must lie between 0 and the {self.epochs} epochs, got {self.warmup_epochs}"
+            )
         if isinstance(self.compile, str) and self.compile not in COMPILE_MODES:
             raise LotteryError(
                 f"compile must be a bool or one of {', '.join(COMPILE_MODES)}, got {self.compile!r}"

@@ -111,8 +111,10 @@ def load(
         name, (train, test, classes) = "digits", _digits()
     elif not folder.is_dir():
         raise LotteryError(f"unknown data set {str(source)!r}: neither 'digits' nor a folder that exists")
-    elif cifar := next((name for name in CIFAR if _holds(folder, CIFAR[name])), None):
-        name, (train, test, classes) = cifar.lower(), _cifar(folder, cifar)
+    elif cifar := [name for name in CIFAR if _holds(folder, CIFAR[name])]:
+        if len(cifar) > 1:
+            raise LotteryError(f"{folder} holds {' and '.join(cifar)}: give a folder that holds one of them")
+        name, (train, test, classes) = cifar[0].lower(), _cifar(folder, cifar[0])
     else:
         name, (train_files, test_files, classes) = list_folder(folder, limit, split_seed)
         train, test = _decoded(train_files, test_files, size=size, cache=cache)
@@ -297,11 +299,16 @@ def _decode(examples: Examples, size: int | None) -> Images:
     for file, _ in examples:
         try:
             with Image.open(file) as image:
+                deep = image.mode in ("I", "F") or image.mode.startswith("I;")
                 arrays.append(np.asarray(fit(image.convert("RGB"))))
-        except (UnidentifiedImageError, OSError) as error:
+        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
             raise LotteryError(
                 f"{file} is not an image that Pillow can read: remove it or convert it"
             ) from error
+        if deep:
+            raise LotteryError(
+                f"{file} holds more than 8 bits per pixel (mode {image.mode}): convert it to 8 bits"
+            )
         if arrays[-1].shape != arrays[0].shape:
             raise LotteryError(
                 f"{file} is {arrays[-1].shape[1]} by {arrays[-1].shape[0]} pixels, unlike the first image: give a size"

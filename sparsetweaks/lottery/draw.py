@@ -209,7 +209,7 @@ def draw_by_masks(
     source = f"{Path(masks).name} {key(kept)[:6]}" if name is None else " ".join(name.split())
     if not source:
         raise LotteryError("the name of the masks is empty: say what drew them, or leave it out")
-    identity = key(dense.identity, kept)
+    identity = key(dense.identity, kept, *(() if name is None else (source,)))
     ticket = replace(dense, identity=identity, method="file", source=source, masks=found)
     return [dense, _kept(ticket, folder, on_ticket)]
 
@@ -260,7 +260,7 @@ def _pruned(
     device = data.mean.device
     if ticket.level == 0:
         at = rewind_epoch or rewinding_epoch(recipe)
-        late = _without_masks(trained.weights["rewind"]) if at else {}
+        late = _without_masks(trained.weights["rewind"], ticket) if at else {}
         run = run_key(ticket, Tweaks(), recipe, seed=ticket.seed, device=device, rewind_epoch=at)
         ticket = replace(ticket, late=late, late_epoch=at, starts_late=rewind_epoch > 0)
     else:
@@ -272,13 +272,26 @@ def _pruned(
         method=method,
         scope=scope,
         drawing=key(computed(recipe, device), steps)[:6],
-        trained=_without_masks(trained.weights["last"]),
+        trained=_without_masks(trained.weights["last"], ticket),
     )
-    return _kept(replace(ticket, masks=narrowed(ticket, data, fraction)), folder, None)
+    narrower = replace(ticket, masks=narrowed(ticket, data, fraction))
+    if narrower.sparsity == ticket.sparsity:
+        raise LotteryError(
+            f"{fraction:.3g} of what is left at level {ticket.level} is less than one weight: there is no level after it"
+        )
+    return _kept(narrower, folder, None)
 
 
 def _kept(ticket: Ticket, folder: Path, on_ticket: Callable[[Ticket], None] | None) -> Ticket:
-    """The ticket as one of the next level, saved."""
+    """The ticket as one of the next level, saved.
+
+    Raises:
+        LotteryError: for one that keeps no weight.
+    """
+    if ticket.sparsity == 1:
+        raise LotteryError(
+            "no weight of the network would be left: choose a lower sparsity, or a wider network"
+        )
     drawn = replace(ticket, level=ticket.level + 1)
     save_ticket(drawn, ticket_path(folder, drawn))
     if on_ticket is not None:
@@ -286,5 +299,6 @@ def _kept(ticket: Ticket, folder: Path, on_ticket: Callable[[Ticket], None] | No
     return drawn
 
 
-def _without_masks(state: State) -> State:
-    return {name: tensor for name, tensor in state.items() if not name.endswith("_mask")}
+def _without_masks(state: State, ticket: Ticket) -> State:
+    masks = {f"{name}_mask" for name in ticket.masks}
+    return {name: tensor for name, tensor in state.items() if name not in masks}

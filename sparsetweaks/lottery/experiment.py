@@ -174,7 +174,7 @@ def tickets_of(
         seed: one of the experiment's.
 
     Returns:
-        The dense ticket, and one per sparsity.
+        The dense ticket, and one per sparsity, as far as they are spent.
 
     Raises:
         RunError: when a training that the drawing needs fails.
@@ -185,7 +185,10 @@ def tickets_of(
         if experiment.drawing == "omp":
             common["sparsities"] = experiment.sparsities
             return draw_one_shot(data, experiment.network, experiment.recipe, **common)
-        common |= {"levels": experiment.levels, "fraction": experiment.fraction}
+        common |= {
+            "levels": max(experiment.spent, default=experiment.levels),
+            "fraction": experiment.fraction,
+        }
         return draw(data, experiment.network, experiment.recipe, **common)
 
 

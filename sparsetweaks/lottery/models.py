@@ -212,7 +212,10 @@ def _of_user(name: str, channels: int, classes: int) -> nn.Module:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise LotteryError(f"{name} is not a function that can be imported: {error}") from error
-    model = make(channels=channels, classes=classes)
+    try:
+        model = make(channels=channels, classes=classes)
+    except TypeError as error:
+        raise LotteryError(f"{name} must be a function of channels= and classes=: {error}") from error
     if not isinstance(model, nn.Module):
         raise LotteryError(f"{name} made a {type(model).__name__}, not a torch.nn.Module")
     return model

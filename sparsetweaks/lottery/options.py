@@ -142,7 +142,7 @@ def load_data(
 def check_device(device: str) -> None:
     """Raise a LotteryError unless tensors can live there."""
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise LotteryError(
             f"cannot train on the device {device!r}: {str(error).splitlines()[0]}; --device cpu works everywhere"

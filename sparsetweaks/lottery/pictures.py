@@ -161,7 +161,7 @@ def _figure(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size or (4.4 * columns + 0.6, 4.6), layout="constrained", dpi=DOTS)
-    figure.suptitle(setting, fontsize=10)
+    figure.suptitle(setting.replace("$", r"\$"), fontsize=10)
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, axes[0] if rows == 1 else axes
 

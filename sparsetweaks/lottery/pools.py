@@ -5,6 +5,7 @@ Yin et al. 2022 (arXiv 2208.10842). No training beyond that of the plain tickets
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -125,17 +126,31 @@ def pool_key(
 
 
 def _neighbours(ticket: Ticket, tickets: Sequence[Ticket]) -> list[Ticket]:
+    """The nearest of the same drawing, of which the dense network is one: by level, and within one by what remains."""
     same = (ticket.network, ticket.fingerprint, ticket.seed)
+    drawing = (ticket.drawn, _steps(ticket))
     others = [
         each
         for each in tickets
-        if (each.network, each.fingerprint, each.seed) == same and each.identity != ticket.identity
+        if (each.network, each.fingerprint, each.seed) == same
+        and each.identity != ticket.identity
+        and (not (each.level and ticket.level) or (each.drawn, _steps(each)) == drawing)
     ]
     if not others:
         raise RunError(
             f"{NAME} interpolates a ticket with others of the same drawing: give the tickets of several levels"
         )
-    return sorted(others, key=lambda each: (abs(each.level - ticket.level), each.sparsity))[:NEIGHBOURS]
+
+    def distance(other: Ticket) -> tuple[float, float, float]:
+        apart = abs(math.log((1 - other.sparsity) / (1 - ticket.sparsity)))
+        return (abs(other.level - ticket.level) if ticket.method == "imp" else 0, apart, other.sparsity)
+
+    return sorted(others, key=distance)[:NEIGHBOURS]
+
+
+def _steps(ticket: Ticket) -> str:
+    """What of the drawing all levels of it share: iterative pruning's training and fraction."""
+    return ticket.drawing if ticket.method == "imp" else ""
 
 
 def _interpolated(ticket: Ticket, own: State, other: State, share: float) -> nn.Module:

@@ -11,7 +11,15 @@ from typing import Any
 
 from sparsetweaks.lottery.config import LotteryError
 from sparsetweaks.lottery.files import write
-from sparsetweaks.lottery.results import BASELINE, LATER, picture, read_rows, statistics, summarise
+from sparsetweaks.lottery.results import (
+    BASELINE,
+    COUNTED_LATER,
+    picture,
+    read_rows,
+    statistics,
+    summarise,
+    titled_rows,
+)
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
@@ -56,9 +64,9 @@ def report(folder: Path) -> Path:
         parts += [f"<h3>Figure {escape(file.stem)}</h3>", _image(file.read_bytes(), f"figure {file.stem}")]
         parts += [f"<p>{escape(line)}</p>" for line in _lines(said) if line]
     parts += ["<h2>What each run cost</h2>", _costs(rows), "<h2>Settings</h2>", _settings(rows)]
-    commands = [json.loads(line) for line in _lines(folder / "commands.jsonl") if line.endswith("}")]
+    commands = list(filter(_is_whole, _lines(folder / "commands.jsonl")))
     if commands:
-        told = "\n".join(escape(json.dumps(command)) for command in commands)
+        told = "\n".join(map(escape, commands))
         parts.append(f"<h3>Commands</h3><div class='scroll'><pre>{told}</pre></div>")
     page = folder / "report.html"
     head = f"<meta charset='utf-8'><title>sparsetweaks: {escape(folder.resolve().name)}</title><style>{STYLE}</style>"
@@ -114,24 +122,18 @@ def _costs(rows: list[dict[str, str]]) -> str:
             "budget",
             "flops",
             "effective_flops",
-            *LATER,
+            *COUNTED_LATER,
             "step_milliseconds",
         )
         if name in rows[0]
     ]
     costs: dict[tuple[str, ...], list[str]] = {}  # of the first seed: the others differ by little
-    for row in sorted(
-        rows,
-        key=lambda row: (
-            row["architecture"],
-            row.get("drawn", ""),
-            float(row["sparsity"]),
-            row["variant"],
-            row["seed"],
-        ),
-    ):
-        sparse = f"{100 * float(row['sparsity']):.4g} %"
-        run = (row["architecture"], row["data"], row.get("drawn", ""), sparse, row["variant"])
+    titled = sorted(
+        titled_rows(rows),
+        key=lambda each: (each[0], float(each[1]["sparsity"]), each[1]["variant"], int(each[1]["seed"])),
+    )
+    for title, row in titled:
+        run = (title, f"{100 * float(row['sparsity']):.4g} %", row["variant"])
         costs.setdefault(
             run, [f"{int(row[name]):,}" if row[name].isdigit() else row[name] for name in columns]
         )
@@ -139,7 +141,7 @@ def _costs(rows: list[dict[str, str]]) -> str:
         "<tr>" + "".join(f"<td>{escape(value)}</td>" for value in [*run, *numbers]) + "</tr>"
         for run, numbers in costs.items()
     ]
-    head = ["network", "data", "drawn", "sparsity", "variant", *(name.replace("_", " ") for name in columns)]
+    head = ["setting", "sparsity", "variant", *(name.replace("_", " ") for name in columns)]
     return _table(head, cells)
 
 
@@ -170,6 +172,14 @@ def _with(mean: Any, interval: Any, sign: str = "") -> str:
 
 def _number(value: Any) -> str:
     return "" if value == "" else f"{value:.2f}"
+
+
+def _is_whole(line: str) -> bool:
+    """Whether a line was not cut off, by a full disk or a killed process."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _lines(path: Path) -> list[str]:

@@ -228,7 +228,7 @@ def overview(folder: Path) -> str:
         for preset, size in PRESETS.items():
             folders = ("first", "second", "third") if figure.sources else ("first",)
             parts = experiments(name, preset, () if size.sources else folders)
-            trainings = sum(part.spendings for part in parts)  # drawing trains some of these, and no others
+            trainings = len(set().union(*map(_cells, parts)))
             done = "yes" if (folder / "figures" / f"{name}-{preset}.png").is_file() else "no"
             lines.append(
                 f"{name:8}{preset:16}{trainings:>10}{trainings * size.recipe.epochs:>9}"
@@ -260,9 +260,9 @@ def _duration(seconds: float) -> str:
 
 
 def _cells(part: Experiment) -> set[tuple[Any, ...]]:
-    """What a comparison trains, in terms that are equal where figures share it."""
+    """What a comparison trains, for drawing too, in terms that are equal where figures share it."""
     levels = part.spent or range(1, part.levels + 1)
-    cells = [(0, "", name) for name in part.dense]
+    cells = [(0, "", name) for name in {*part.dense, "vanilla"}]
     cells += [(level, part.drawing, name) for level in levels for name in part.variants]
     cells += [(level, part.drawing, "vanilla") for level in range(1, max(levels)) if part.drawing == "imp"]
     return {(part.source, part.network, seed, *cell) for seed in part.seeds for cell in cells}

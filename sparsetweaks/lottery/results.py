@@ -27,7 +27,8 @@ SUMMARISED = (
     "test",
 )  # columns that `summarise` needs
 OF_TICKETS = ("ticket", "ticket_seed", "drawing")  # columns that rows to be added to must have
-LATER = ("peak_activation_bytes", "sparse_file_bytes")  # columns that rows of earlier versions lack
+COUNTED_LATER = ("peak_activation_bytes", "sparse_file_bytes")
+LATER = ("fingerprint", *COUNTED_LATER)  # columns that rows of earlier versions lack
 COLOURS = 128  # of a picture
 DRAWN = {
     "imp": "iterative magnitude pruning",
@@ -73,10 +74,11 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
             file.seek(0)
             content = file.read()
             whole = content[: content.rfind(b"\n") + 1]
+            held = whole[: whole.find(b"\n")].decode().split(",")
+            row = {
+                name: value for name, value in row.items() if name not in LATER or not whole or name in held
+            }
             header = _line(row)
-            earlier = {name: value for name, value in row.items() if name not in LATER}
-            if whole.startswith(_line(earlier).encode()):
-                row, header = earlier, _line(earlier)
             if whole and not whole.startswith(header.encode()):
                 raise LotteryError(
                     f"{path} has other columns than these results: move it away, or choose another with --out"
@@ -232,9 +234,9 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Summary]:
     _check_columns(rows, SUMMARISED)
     settings: dict[str, Summary] = {}
     found: dict[tuple[Any, ...], str] = {}  # the ticket of each seed, and the run of each number
-    for title, row in _titled(rows):
+    for title, row in titled_rows(rows):
         sparsity, ticket, training = (
-            round(float(row["sparsity"]), 4),
+            _rounded(float(row["sparsity"])),
             int(row.get("ticket_seed", row["seed"])),
             int(row["seed"]),
         )
@@ -246,19 +248,39 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Summary]:
     return settings
 
 
-def _titled(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _rounded(sparsity: float) -> float:
+    """Four digits behind the point, or as many as tell what remains to two."""
+    remains = 1 - sparsity
+    return round(sparsity, max(4, 1 - math.floor(math.log10(remains))) if remains > 0 else 4)
+
+
+def titled_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Each row with the title of its setting: how it was drawn always, what else tells it apart where there are several.
 
     A dense network belongs to all ways in which its sparse ones were drawn.
+
+    Args:
+        rows: from `read_rows`.
+
+    Returns:
+        Pairs of title and row.
     """
+    images: dict[str, set[str]] = {}  # of each title
+    for row in rows:
+        images.setdefault(_title(row), set()).add(row.get("fingerprint", ""))
+
+    def titled(row: Mapping[str, Any]) -> str:
+        title = _title(row)
+        return f"{title}, of images {row['fingerprint']}" if len(images[title]) > 1 else title
+
     recipes: dict[str, set[str]] = {}  # of each title
     ways: dict[str, set[tuple[str, str]]] = {}  # of each title and recipe, and in what trainings and steps
     for row in rows:
-        recipes.setdefault(_title(row), set()).add(row.get("recipe", ""))
+        recipes.setdefault(titled(row), set()).add(row.get("recipe", ""))
         if float(row["sparsity"]):
-            ways.setdefault(_title(row) + row.get("recipe", ""), set()).add(_way(row))
+            ways.setdefault(titled(row) + row.get("recipe", ""), set()).add(_way(row))
     for row in rows:
-        title = _title(row)
+        title = titled(row)
         recipe = f", recipe {row['recipe']}" if len(recipes[title]) > 1 else ""
         of = ways.get(title + row.get("recipe", ""), {("", "")})
         for drawn, drawing in sorted({_way(row)} if float(row["sparsity"]) else of):
@@ -517,7 +539,9 @@ def _panel(accuracies: Any, gains: Any, title: str, summary: Summary) -> None:
         over = {s: cell.over(summary[s][BASELINE]) for s, cell in cells.items() if BASELINE in summary[s]}
         if name != BASELINE:
             _line_of(gains, name, place, aside, {s: cell for s, cell in over.items() if cell is not None})
-    accuracies.set_title(title.replace(", on ", "\non ").replace("), ", "),\n"), fontsize=11)
+    accuracies.set_title(
+        title.replace("$", r"\$").replace(", on ", "\non ").replace("), ", "),\n"), fontsize=11
+    )
     accuracies.set_ylabel("test accuracy, %")
     gains.set(
         ylabel="points gained over vanilla", xlabel="sparsity: weights removed, % (log scale of what remains)"

@@ -19,7 +19,7 @@ from sparsetweaks.errors import SurgeryError
 from sparsetweaks.lottery import ranks
 from sparsetweaks.lottery.config import LotteryError, Recipe, RunError, Tweaks, key
 from sparsetweaks.lottery.data import Data
-from sparsetweaks.lottery.results import LATER
+from sparsetweaks.lottery.results import COUNTED_LATER
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import Trained, load_trained, precision_of, train
 from sparsetweaks.lottery.tweaking import tweaked
@@ -71,7 +71,8 @@ def spend(
     """
     if ticket.fingerprint != data.fingerprint:
         raise LotteryError(
-            f"the ticket was drawn on other data ({ticket.data!r}) than was given ({data.name!r})"
+            f"the ticket was drawn on other data ({ticket.data!r}) than was given ({data.name!r}): give the same images, "
+            "and the same --size, --limit and --split-seed, as when it was drawn"
         )
     if rewind_epoch is None:
         rewind_epoch = 0 if ticket.level else rewinding_epoch(recipe)
@@ -243,6 +244,7 @@ def row(
         "train_images": len(data.train),
         "image_size": data.train.images.shape[-1],
         "architecture": ticket.network.name,
+        "fingerprint": ticket.fingerprint[:6],
         "width": ticket.network.width or "",
         "drawn": ticket.drawn,
         "drawing": ticket.drawing,
@@ -258,7 +260,7 @@ def row(
         "test": round(trained.test or 0.0, 6),
         "best_epoch": trained.best_epoch,
         **{column: trained.note[column] for column in COUNTED},
-        **{column: trained.note.get(column, "") for column in LATER},
+        **{column: trained.note.get(column, "") for column in COUNTED_LATER},
         "train_seconds": round(trained.seconds, 3),
         "step_milliseconds": round(1000 * trained.seconds / trained.steps, 3),
         "prepare_seconds": round(trained.note["prepare_seconds"], 3),

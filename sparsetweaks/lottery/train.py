@@ -182,7 +182,7 @@ def train(
                 done.weights["rewind"] = done.weights["last"]
             if epoch + 1 in keep_epochs:
                 done.weights[after(epoch + 1)] = done.weights["last"]
-            if recipe.average_from is not None and epoch >= recipe.average_from * recipe.epochs:
+            if epoch >= first_averaged(recipe):
                 _add_to_average(done)
             save_if_due()
             if on_epoch is not None:
@@ -284,11 +284,23 @@ def schedule(epoch: float, recipe: Recipe) -> float:
         >>> [schedule(epoch, Recipe(epochs=180)) for epoch in (0, 90, 135)]
         [1.0, 0.1, 0.010000000000000002]
     """
-    if recipe.average_from is not None and epoch >= recipe.average_from * recipe.epochs:
+    if epoch >= first_averaged(recipe):
         return recipe.average_rate
     passed = sum(epoch >= milestone * recipe.epochs for milestone in recipe.milestones)
     warmup = min(1.0, (epoch + 1e-3) / recipe.warmup_epochs) if recipe.warmup_epochs else 1.0
     return warmup * recipe.decay**passed
+
+
+def first_averaged(recipe: Recipe) -> float:
+    """How many epochs are done before the first whose weights are averaged; at least the last is, if any are to be.
+
+    Example:
+        >>> [first_averaged(Recipe(epochs=epochs, average_from=3 / 4)) for epochs in (1, 2, 10, 16)]
+        [0, 1, 8, 12]
+    """
+    if recipe.average_from is None:
+        return math.inf
+    return min(math.ceil(recipe.average_from * recipe.epochs), recipe.epochs - 1)
 
 
 def accuracy(model: nn.Module, part: Images, data: Data, *, size: int = 1000) -> float:

@@ -223,7 +223,7 @@ def test_pools_by_the_command_line(monkeypatch, tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize("more", [[], pytest.param(["--processes", 2], marks=pytest.mark.slow)])
 def test_spending_goes_on_without_a_run_that_fails(monkeypatch, tmp_path: Path, capsys, more: list) -> None:
     """The authors' skips have more parameters than survive in one of these tickets."""
-    words = ["draw", *SMALL, "--method", "random", "--out", tmp_path, "--sparsity", 0.5]
+    words = ["draw", *SMALL[:4], *SMALL[8:], "--method", "random", "--out", tmp_path, "--sparsity", 0.5]
     assert run(monkeypatch, *words, "--sparsity", 0.99) == 0
     tickets = capsys.readouterr().out.split()
     spend = ["spend", *tickets, *SMALL[4:], "--out", tmp_path, *more]
@@ -279,6 +279,17 @@ def test_a_figure_by_the_command_line(monkeypatch, tmp_path: Path, capsys) -> No
             "--masks brings the masks: leave out --method, --scope, --sparsity",
         ),
         (["draw", "--masks", "a", "--levels", "2"], 1, "--masks brings the masks: leave out --levels"),
+        (
+            ["draw", "--method", "random", "--sparsity", "0.5", "--learning-rate", "5", "--compile"],
+            1,
+            "trains nothing: leave out --compile, --learning-rate",
+        ),
+        (
+            ["draw", "--warmup-epochs", "inf"],
+            1,
+            "warmup_epochs must lie between 0 and the 180 epochs, got inf",
+        ),
+        (["draw", "--device", "meta"], 1, "cannot train on the device 'meta'"),
         (["draw", "--masks-name", "a"], 1, "--masks-name is for --masks: leave out --masks-name"),
         (
             ["draw", "--sparsity", "0.5", "--levels", "2", "--fraction", "0.2"],

@@ -243,6 +243,20 @@ def test_damaged_cifar_is_named(tmp_path: Path, name: str, inside: str) -> None:
             load(folder)
 
 
+def test_two_data_sets_in_one_folder_are_refused(tmp_path: Path) -> None:
+    for inside in ("cifar-10-batches-py", "cifar-100-python"):
+        (tmp_path / inside).mkdir()
+    with pytest.raises(LotteryError, match="holds CIFAR10 and CIFAR100: give a folder that holds one"):
+        load(tmp_path)
+
+
+def test_images_of_more_than_8_bits_are_refused(image_folder: Path) -> None:
+    file = image_folder / "train" / "cold" / "0.png"
+    Image.fromarray(np.full((12, 10), 40_000, dtype=np.uint16)).save(file)
+    with pytest.raises(LotteryError, match=rf"{file} holds more than 8 bits per pixel \(mode I;16\)"):
+        load(image_folder, size=8)
+
+
 def test_cifar100_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("torchvision.datasets")
     folder = tmp_path / "cifar-100-python"

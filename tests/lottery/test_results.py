@@ -18,6 +18,7 @@ from sparsetweaks.lottery.results import (
     Cell,
     append_row,
     kept_runs,
+    picture,
     plot,
     read_rows,
     statistics,
@@ -334,3 +335,33 @@ def test_rows_from_before_tickets_had_names_are_read() -> None:
         [{key: value for key, value in each.items() if key != "run"} for each in ROWS]
     ).values()
     assert "over 3 seeds" in table(summary)
+
+
+def sparse_row(sparsity: float, **more: object) -> dict[str, object]:
+    row: dict[str, object] = {"data": "digits", "architecture": "resnet8", "width": 8, "epochs": 2}
+    row |= {
+        "image_size": 8,
+        "train_images": 99,
+        "variant": "AT",
+        "seed": 0,
+        "test": 0.5,
+        "sparsity": sparsity,
+    }
+    return row | {"ticket": f"t{sparsity}", "run": f"r{sparsity}", **more}
+
+
+def test_many_levels_are_told_apart() -> None:
+    rows = [sparse_row(round(1 - 0.8**level, 6)) for level in range(1, 45)]
+    (summary,) = summarise(rows).values()
+    assert len(summary) == 44 and 0.2 in summary and 0.36 in summary
+
+
+def test_other_images_of_the_same_name_are_another_setting() -> None:
+    rows = [sparse_row(0.5, fingerprint=each, ticket=each, run=each) for each in ("aa", "bb")]
+    assert [title.rpartition(", ")[2] for title in summarise(rows)] == ["of images aa", "of images bb"]
+    assert all("of images" not in title for title in summarise(rows[:1]))
+
+
+def test_a_name_with_dollars_is_drawn_as_it_is() -> None:
+    rows = [sparse_row(sparsity, drawn=r"file a$\\foo$") for sparsity in (0.5, 0.8)]
+    assert picture(summarise(rows))[1:4] == b"PNG"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import types
 import warnings
 from dataclasses import replace
 from itertools import pairwise
@@ -29,12 +30,13 @@ from sparsetweaks.lottery.draw import UNTRAINED, draw, draw_by_masks, draw_one_s
 from sparsetweaks.lottery.files import FORMAT, check_writable
 from sparsetweaks.lottery.models import build
 from sparsetweaks.lottery.pools import SHARES, pool, pool_key, pool_row
-from sparsetweaks.lottery.results import LATER
+from sparsetweaks.lottery.pools import _neighbours as neighbours
+from sparsetweaks.lottery.results import COUNTED_LATER
 from sparsetweaks.lottery.spend import row, run_key, spend, tweaked
 from sparsetweaks.lottery.store import Ticket, dense_ticket, load_ticket, save_ticket, ticket_path
 from sparsetweaks.lottery.train import train
 from sparsetweaks.masks import find_masks
-from sparsetweaks.pruning import erk_budgets
+from sparsetweaks.pruning import erk_budgets, prune
 from sparsetweaks.surgery.skips import inject_skips
 
 NETWORK = Network("resnet8", width=4)
@@ -399,10 +401,10 @@ def test_a_row_tells_the_memory_and_the_file_that_a_network_takes(
     assert told["peak_activation_bytes"] == cost(model, image).peak_activation_bytes > image.nbytes
     export(model, tmp_path / "file", format="sparse")
     assert told["sparse_file_bytes"] == (tmp_path / "file").stat().st_size
-    for name in LATER:  # as of a run that an earlier version has kept
+    for name in COUNTED_LATER:  # as of a run that an earlier version has kept
         del trained.note[name]
     told = row(tickets[2], "vanilla", Tweaks(), digits, RECIPE, trained, seed=0)
-    assert [told[name] for name in LATER] == ["", ""]
+    assert [told[name] for name in COUNTED_LATER] == ["", ""]
 
 
 def test_scales_are_learned_in_float32_whatever_the_training_computes_in(
@@ -764,3 +766,60 @@ def test_nothing_here_warns(digits: Data, tickets: list[Ticket]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tweaked(tickets[1], replace(variant("AT+TRT"), scales={"iterations": 1}), digits, RECIPE, seed=0)
+
+
+def test_pools_take_the_nearest_of_the_same_drawing(digits: Data, tmp_path: Path) -> None:
+    common = {"seed": 0, "folder": tmp_path}
+    dense, *random = draw_untrained(
+        digits, NETWORK, method="random", sparsities=[0.5, 0.8, 0.9, 0.95, 0.98], **common
+    )
+    _, other = draw_untrained(digits, NETWORK, method="synflow", sparsities=[0.9], **common)
+    every = [dense, *random, other]
+
+    def found(ticket: Ticket) -> list[float]:
+        return sorted(round(each.sparsity, 2) for each in neighbours(ticket, every))
+
+    assert [found(ticket) for ticket in random[2:]] == [[0.8, 0.95], [0.9, 0.98], [0.9, 0.95]]
+    assert found(other) == [0.0]  # of its own drawing there is the dense network alone
+    assert found(dense) == [0.5, 0.8]
+
+
+def test_masks_of_another_name_are_other_tickets(digits: Data, tmp_path: Path) -> None:
+    masks = find_masks(prune(build(NETWORK, channels=1, classes=10, seed=0), 0.5))
+    torch.save(masks, tmp_path / "masks.pt")
+    drawn = [
+        draw_by_masks(digits, NETWORK, tmp_path / "masks.pt", seed=0, folder=tmp_path, name=name)[1]
+        for name in (None, "alpha", "beta", "beta")
+    ]
+    assert len({each.identity for each in drawn}) == 3 and drawn[2].identity == drawn[3].identity
+
+
+def test_what_prunes_nothing_or_everything_is_refused(digits: Data, tmp_path: Path) -> None:
+    common = {"seed": 0, "folder": tmp_path}
+    with pytest.raises(LotteryError, match="no weight of the network would be left"):
+        draw_untrained(digits, NETWORK, method="random", sparsities=[0.999999], **common)
+    with pytest.raises(LotteryError, match="less than one weight: there is no level after it"):
+        draw(digits, NETWORK, RECIPE, levels=1, fraction=1e-6, **common)
+
+
+class Causal(torch.nn.Module):
+    """A network of a user's that has a mask of its own, which prunes nothing."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.register_buffer("attn_mask", torch.ones(64))
+        self.first, self.head = torch.nn.Linear(64 * channels, 8), torch.nn.Linear(8, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.first(images.flatten(1) * self.attn_mask)))
+
+
+def test_buffers_of_the_network_that_are_named_as_masks_stay(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "users", types.SimpleNamespace(make=Causal, wrong=lambda: None))
+    network = Network("users:make")
+    _, first, second = draw(digits, network, RECIPE, levels=2, seed=0, folder=tmp_path)
+    assert "attn_mask" in second.model().state_dict() and second.sparsity > first.sparsity > 0
+    with pytest.raises(LotteryError, match="users:wrong must be a function of channels= and classes="):
+        draw(digits, Network("users:wrong"), RECIPE, levels=1, seed=0, folder=tmp_path)

@@ -259,3 +259,19 @@ def test_the_schedule_is_that_of_the_paper() -> None:
 def test_settings_that_make_no_sense_are_refused(wrong, message: str) -> None:
     with pytest.raises(LotteryError, match=message):
         wrong()
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5])
+def test_the_last_epoch_at_least_is_averaged(digits: Data, epochs: int) -> None:
+    recipe = replace(RECIPE, epochs=epochs, average_from=3 / 4)
+    done = train(model_of(), digits, recipe, seed=0)
+    assert done.averaged == {1: 1, 2: 1, 3: 1, 5: 1}[epochs]
+    assert [schedule(epoch, recipe) == recipe.average_rate for epoch in range(epochs)].count(
+        True
+    ) == done.averaged
+
+
+@pytest.mark.parametrize("epochs", [-1.0, 3.0, math.inf, math.nan])
+def test_a_warm_up_is_a_part_of_the_training(epochs: float) -> None:
+    with pytest.raises(LotteryError, match="warmup_epochs must lie between 0 and the 2 epochs"):
+        replace(RECIPE, warmup_epochs=epochs)
