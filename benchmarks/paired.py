@@ -206,7 +206,9 @@ def main(
     parser.add_argument("--repeats", type=int, default=repeats, help=f"pairs per case (default: {repeats})")
     parser.add_argument("--threads", type=int, default=1, help="default: 1")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help=f"of: {', '.join(cases)}")
-    parser.add_argument("--resume", action="store_true", help="leave out cases that the table has")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out cases that the table has of this machine"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.csv")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     for option, what in (peers or {}).items():
@@ -224,7 +226,7 @@ def main(
     checkouts = [getattr(options, option.replace("-", "_")) for option in peers or {}]
     machine = surroundings(packages, checkouts)
     for case in chosen:
-        if options.resume and any(line["case"] == case for line in read(options.out)):
+        if options.resume and any(_of(line, case, machine) for line in read(options.out)):
             continue
         rows = []
         for row in cases[case](options):
@@ -246,8 +248,8 @@ def text(row: Row | Mapping[str, Any]) -> str:
 
 
 def put(path: Path, case: str, rows: Iterable[Row], machine: Mapping[str, Any], *, order: list[str]) -> None:
-    """Put a case's rows in place of its older ones."""
-    lines = [line for line in read(path) if line["case"] != case]
+    """Put a case's rows in place of its older ones of the same machine."""
+    lines = [line for line in read(path) if not _of(line, case, machine)]
     for row in rows:
         values = {spec.name: getattr(row, spec.name) for spec in fields(row)}
         for column in ("median", "lowest", "highest"):
@@ -256,6 +258,10 @@ def put(path: Path, case: str, rows: Iterable[Row], machine: Mapping[str, Any], 
         lines.append({"case": case, **values, "met": row.met, **machine})
     lines.sort(key=lambda line: order.index(line["case"]) if line["case"] in order else len(order))
     write(path, COLUMNS, lines)
+
+
+def _of(line: Mapping[str, Any], case: str, machine: Mapping[str, Any]) -> bool:
+    return bool(line["case"] == case and line["hardware"] == machine["hardware"])
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -194,12 +194,16 @@ def speed() -> str:
         lines = list(csv.DictReader(file))
     number = lambda text: f"{float(text):.3g}" if text else ""
     rows = ["| what | ratio of | median (lowest to highest) | n | at most | |", "|---|---|---|---|---|---|"]
+    machines: dict[tuple[str, str], set[str]] = {}  # that each measure was taken on
     for line in lines:
+        machines.setdefault((line["what"], line["measure"]), set()).add(line["hardware"])
+    for line in lines:
+        several = len(machines[line["what"], line["measure"]]) > 1
         spread = f" ({number(line['lowest'])} to {number(line['highest'])})" if line["lowest"] else ""
         if line["n"] == "1":
             spread = " (once)"
         cells = (
-            line["what"],
+            line["what"] + (f", on {line['hardware']}" if several else ""),
             line["measure"],
             number(line["median"]) + spread,
             line["n"],

@@ -66,6 +66,11 @@ def test_rows_of_a_case_take_the_place_of_older_ones(paired, tmp_path):
         ("second", "6", "missed"),
     ]
     assert paired.text(lines[1]) == "what: measure 6 (3 to 9, n = 2) target 4 missed"
+    paired.put(path, "second", [row(7)], machine | {"hardware": "c"}, order=["first", "second"])
+    assert [(line["median"], line["hardware"]) for line in paired.read(path)[1:]] == [
+        ("6", "a, b"),
+        ("14", "c"),
+    ]
 
 
 def test_all_tables_become_one(paired, monkeypatch):
