@@ -253,22 +253,28 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
 def reestimate_statistics(network: nn.Module, batches: Batches) -> None:
     """Make BatchNorm's running statistics, in place, the means over the examples of each batch's statistics.
 
-    As after a change of weights, which leaves the old ones wrong. Each batch is normalised by its own on the way.
+    As after a change of weights, which leaves the old ones wrong. Each batch is normalised by its own on the way. Of a
+    module that is called several times each call counts.
     """
     norms = [module for module in network.modules() if _has_statistics(module)]
     if not norms:
         return
+    seen = dict.fromkeys(norms, 0)
+
+    def weigh(norm: _NormBase, inputs: Any) -> None:
+        seen[norm] += chunk.examples
+        norm.momentum = chunk.examples / seen[norm]  # 1 at first, which forgets the old ones
+
+    hooks = [norm.register_forward_pre_hook(weigh) for norm in norms]
     for norm in norms:
         norm.training = True
-    examples = 0
     with torch.no_grad():
         for chunk in batches:
-            examples += chunk.examples
-            for norm in norms:
-                norm.momentum = chunk.examples / examples  # 1 at first, which forgets the old ones
             run(network, chunk)
     for norm in norms:
         norm.training = False
+    for hook in hooks:
+        hook.remove()
 
 
 def _has_statistics(module: nn.Module) -> TypeGuard[_NormBase]:

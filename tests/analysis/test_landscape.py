@@ -227,6 +227,34 @@ def test_statistics_are_estimated_anew_at_each_point():
         assert value == pytest.approx(loss_at(moved), rel=1e-12)
 
 
+class Twice(nn.Module):
+    """One normalisation, called for two parts of each input, and another that is called once."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.once = nn.BatchNorm1d(2).double(), nn.BatchNorm1d(2).double()
+
+    def forward(self, inputs):
+        return self.once(self.twice(inputs[:, :2]) + self.twice(3 + 2 * inputs[:, 2:]))
+
+
+def test_a_normalisation_that_is_called_twice_has_the_statistics_of_both_calls():
+    inputs, targets = torch.randn(20, 4).double(), torch.zeros(20)
+    data = [(inputs[:12], targets[:12]), (inputs[12:], targets[12:])]
+    model, reference = working_copy(Twice()), Twice()
+    reestimate_statistics(model, Batches(data, model))
+    reference.twice.momentum = reference.once.momentum = None  # torch's own cumulative average
+    for start in range(0, 20, 4):  # in equal batches, whose means are those over the examples
+        reference(inputs[start : start + 4])
+    assert torch.allclose(model.twice.running_mean, reference.twice.running_mean)
+    parts = [part for given, _ in data for part in (given[:, :2], 3 + 2 * given[:, 2:])]
+    weights = (12, 12, 8, 8)
+    for statistic, found in ((torch.mean, model.twice.running_mean), (torch.var, model.twice.running_var)):
+        expected = sum(w * statistic(part, 0) for w, part in zip(weights, parts, strict=True)) / 40
+        assert torch.allclose(found, expected, rtol=1e-12)
+    assert not model.twice.training and not model.twice._forward_pre_hooks
+
+
 def test_reestimating_without_any_statistics_changes_nothing():
     model = working_copy(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)))
     before = {name: value.clone() for name, value in model.state_dict().items()}
