@@ -189,11 +189,13 @@ class Batches:
 
 
 def _generators(data: Any) -> Iterator[torch.Generator]:
-    """Those that a DataLoader and its sampler draw from, where they have their own."""
-    for owner in (data, getattr(data, "sampler", None)):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
+    """Those that a DataLoader, its samplers and theirs draw from, where they have their own."""
+    owners = [data]
+    for owner in owners:
+        if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
             yield generator
+        inner = [getattr(owner, name, None) for name in ("batch_sampler", "sampler")]
+        owners += [each for each in inner if each is not None and not any(each is known for known in owners)]
 
 
 def is_pair(data: Any) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
 
 from sparsetweaks.analysis.evaluation import (
     Batches,
@@ -49,9 +49,31 @@ def test_each_iteration_sees_the_same_shuffle_and_the_random_state_survives():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_loader_with_its_own_generator_shuffles_the_same_way_too_and_keeps_its_state():
+class Permuted(Sampler):
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __iter__(self):
+        yield from torch.randperm(11, generator=self.generator).split(4)
+
+
+def loaders(generator):
+    data = TensorDataset(INPUTS, TARGETS)
+    drawn = RandomSampler(data, generator=generator)
+    batches = BatchSampler(drawn, 4, False)
+    return {
+        "its own": DataLoader(data, batch_size=4, shuffle=True, generator=generator),
+        "sampler": DataLoader(data, batch_size=4, sampler=drawn),
+        "batch sampler's sampler": DataLoader(data, batch_sampler=batches),
+        "batch sampler": DataLoader(data, batch_sampler=Permuted(generator)),
+        "batches as a sampler": DataLoader(data, sampler=batches, batch_size=None),
+    }
+
+
+@pytest.mark.parametrize("where", loaders(None))
+def test_a_loader_with_its_own_generator_shuffles_the_same_way_too_and_keeps_its_state(where):
     generator = torch.Generator().manual_seed(4)
-    loader = DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=4, shuffle=True, generator=generator)
+    loader = loaders(generator)[where]
     state = generator.get_state()
     batches = Batches(loader, working_copy(network()))
     with undisturbed(network()):
