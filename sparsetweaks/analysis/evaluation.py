@@ -111,10 +111,11 @@ class Chunk(NamedTuple):
 class Batches:
     """The data as chunks on the network's device, the same ones in the same order at each iteration.
 
-    A pair (inputs, targets) is one batch; anything else is iterated over for such pairs, anew each time. The
-    random state is set back before each iteration, and that of a loader's own generator after it, so that a
-    shuffled loader shuffles the same way and the mean over the data is one function. PyTorch's random state is
-    the caller's to protect (`undisturbed`).
+    A pair (inputs, targets) is one batch; anything else is iterated over for such pairs, anew each time. Two pairs in
+    a list are two batches; in a tuple they may as well be inputs and targets, and are refused. The random state is set
+    back before each iteration, and that of a loader's own generators after it, so that a shuffled loader shuffles the
+    same way and the mean over the data is one function. PyTorch's random state is the caller's to protect
+    (`undisturbed`).
     """
 
     def __init__(self, data: Data, model: nn.Module, *, chunk_size: int | None = None) -> None:
@@ -127,6 +128,11 @@ class Batches:
         if isinstance(data, Iterator):
             raise ValueError(
                 f"data is a {type(data).__name__}, which can be gone through only once: pass a list or a DataLoader"
+            )
+        if isinstance(data, tuple) and len(data) == 2 and not is_pair(data):
+            raise ValueError(
+                "data is a tuple of two, and may be one pair (inputs, targets) or two of them: write [(inputs, targets)] "
+                "for the one, [(inputs, targets), (inputs, targets)] for the other"
             )
         self.chunk_size = chunk_size
         self.single = is_pair(data)
@@ -199,8 +205,15 @@ def _generators(data: Any) -> Iterator[torch.Generator]:
 
 
 def is_pair(data: Any) -> bool:
-    """Whether this is one batch rather than a sequence of them."""
-    return isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[1], (tuple, list))
+    """Whether this is one batch (inputs, targets) rather than a sequence of them.
+
+    It is if either part can be no batch: `(inputs, (classes, boxes))` is one. Tuples and lists in a list are batches.
+    """
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        return False
+    if not all(isinstance(part, (tuple, list)) for part in data):
+        return True
+    return isinstance(data, tuple) and any(len(part) != 2 for part in data)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

@@ -328,7 +328,9 @@ def hessian_top_eigenvalues(
             `UnmaskedZerosWarning` otherwise.
         data: one pair (inputs, targets), or something that can be gone through repeatedly for such pairs, a
             list or a `DataLoader` say, of any length: one batch is held at a time. The inputs are a tensor, or
-            a tuple or mapping of them. Batches go to the model's device and precision.
+            a tuple or mapping of them, and targets whatever the loss takes: `(inputs, (classes, boxes))` is one
+            pair. Where both are tuples, write `[(inputs, targets)]`: two pairs in a tuple may be either, and are
+            refused. Batches go to the model's device and precision.
         loss: of (outputs, targets), a scalar: the mean over the examples of a batch. Batches of different
             sizes are weighted, so that the loss is the mean over all examples. One that is no such mean (classes
             have weights, say) is a mean over batches as they come, and is refused where `chunk_size` cuts them.

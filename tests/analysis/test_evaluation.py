@@ -13,6 +13,7 @@ from sparsetweaks.analysis.evaluation import (
     Chunk,
     check_cut,
     chunk_loss,
+    is_pair,
     mean_loss,
     undisturbed,
     working_copy,
@@ -122,6 +123,38 @@ def test_several_inputs_and_nested_targets():
         batches = Batches([(inputs, [TARGETS, TARGETS])], model, chunk_size=4)
         value = mean_loss(model, batches, lambda outputs, targets: outputs.mean() + len(targets))
         assert value == pytest.approx(2 * INPUTS.mean().item() + 2, rel=1e-5)
+
+
+PAIR = INPUTS, TARGETS
+
+
+@pytest.mark.parametrize(
+    ("data", "count", "inside"),
+    [
+        ((INPUTS, (TARGETS, TARGETS)), 1, 2),
+        ([INPUTS, [TARGETS, TARGETS]], 1, 2),
+        (({"first": INPUTS}, (TARGETS, TARGETS)), 1, 2),
+        (((INPUTS, INPUTS), (TARGETS, TARGETS, TARGETS)), 1, 3),
+        (((INPUTS, INPUTS, INPUTS), (TARGETS, TARGETS)), 1, 2),
+        ([(PAIR, (TARGETS, TARGETS))], 1, 2),
+        ([PAIR, PAIR], 2, None),
+        ([[*PAIR], [*PAIR]], 2, None),
+        ((PAIR, PAIR, PAIR), 3, None),
+    ],
+)
+def test_a_pair_of_tuples_is_told_from_two_batches(data, count, inside):
+    chunks = list(Batches(data, network(), chunk_size=11))
+    assert len(chunks) == count
+    for chunk in chunks:
+        assert (len(chunk.targets) if isinstance(chunk.targets, (tuple, list)) else None) == inside
+
+
+def test_two_pairs_in_a_tuple_may_be_one():
+    assert not is_pair((PAIR, PAIR))
+    with pytest.raises(
+        ValueError, match=r"one pair .* or two of them: write \[\(inputs, targets\)\] for the one"
+    ):
+        Batches((PAIR, PAIR), network())
 
 
 @pytest.mark.parametrize(
