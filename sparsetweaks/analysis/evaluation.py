@@ -15,9 +15,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from sparsetweaks.analysis.options import check_choice, check_dtype, check_whole
+from sparsetweaks.analysis.options import DTYPES, check_choice, check_dtype, check_whole
 from sparsetweaks.calling import map_tensors, tensors
 from sparsetweaks.copying import check_model, copy_model
+from sparsetweaks.prunable import check_dense
 
 Batch = tuple[Any, Any]
 Data = Batch | Iterable[Batch]
@@ -61,7 +62,8 @@ def check_values(model: nn.Module) -> None:
 
     Raises:
         TypeError: it is no module.
-        ValueError: a parameter is lazy, on the meta device, or holds NaN or infinity; it is named.
+        ValueError: a parameter is lazy, on the meta device, stored in another way than number by number, of 8 bits or
+            fewer, or holds NaN or infinity; it is named.
     """
     check_model(model)
     for name, parameter in model.named_parameters():
@@ -73,9 +75,21 @@ def check_values(model: nn.Module) -> None:
             raise ValueError(
                 f"the parameter {name!r} is on the meta device and has no values: load the model first"
             )
+        check_numbers({name: parameter})
         if not parameter.detach().isfinite().all():
             raise ValueError(
                 f"the parameter {name!r} holds values that are not finite: nothing to analyse there"
+            )
+
+
+def check_numbers(named: Mapping[str, Tensor]) -> None:
+    """Refuse by name what cannot be computed with: sparse layouts, quantized numbers, floats of 8 bits or fewer."""
+    check_dense(named)
+    for name, tensor in named.items():
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"{name!r} is {tensor.dtype}, which torch stores but does not compute in: convert the model first, "
+                "as by model.float()"
             )
 
 

@@ -11,6 +11,9 @@ import torch
 
 Progress = Callable[[int, int], None]
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What torch computes in; floating-point numbers of 8 bits and fewer it only stores."""
+
 
 def check_whole(name: str, value: Any, *, least: int = 1, most: float = math.inf) -> None:
     """Refuse what is no whole number, or too small or large a one."""
@@ -53,9 +56,12 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_dtype(dtype: Any) -> None:
-    """Refuse what is no floating-point dtype; None is the model's own."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be a floating-point one, such as torch.float64, or None, got {dtype!r}")
+    """Refuse what is no floating-point dtype that torch computes in; None is the model's own."""
+    if dtype is not None and dtype not in DTYPES:
+        *first, last = map(str, DTYPES)
+        raise ValueError(
+            f"dtype must be a floating-point one, {', '.join(first)} or {last}, or None, got {dtype!r}"
+        )
 
 
 def check_progress(progress: Any) -> None:
