@@ -35,6 +35,12 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be positive, a finite number, got {value!r}")
 
 
+def check_least(name: str, value: Any, least: float) -> None:
+    """Refuse what is no number, or too small a one."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= least:
+        raise ValueError(f"{name} must be at least {least:g}, a number, got {value!r}")
+
+
 def check_share(name: str, value: Any) -> None:
     """Refuse what is no share of 1, or none at all."""
     check_positive(name, value)
