@@ -157,7 +157,7 @@ def activation_sparsity(
     after a swap; activations inside scripted modules and torch's recurrent layers are not seen.
 
     Args:
-        model: any module, masked or not. It is not changed, and runs as a copy with dropout off.
+        model: any module, masked or not. It is not changed, and runs as a copy with dropout off, in its own precision.
         data: one pair (inputs, targets), or an iterable of them; the targets are not looked at.
         threshold: up to which absolute value an activation counts as near zero, at least 0. Default: 0.01, as in the
             paper's released code.

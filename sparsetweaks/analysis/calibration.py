@@ -127,7 +127,7 @@ def calibration(
     Args:
         model: a classifier: it maps inputs to scores of shape (examples, classes), or (examples, classes, positions...)
             as in segmentation, where each position counts as an example. It is not changed, and runs as a copy with
-            dropout off.
+            dropout off, in its own precision.
         data: one pair (inputs, targets), or an iterable of them; targets are class numbers of shape (examples,) or
             (examples, positions...), or probabilities of the scores' shape, of which the largest counts. Every one must
             be a class: positions that a loss ignores are not left out here.
@@ -148,7 +148,7 @@ def calibration(
         (0.5, 0.5)
     """
     check_whole("bins", bins, most=MOST_BINS)
-    network = working_copy(model, batch_norm=batch_norm)
+    network = working_copy(model, batch_norm=batch_norm, widen=False)
     confidences, rights = [], []
     with undisturbed(network), torch.no_grad():
         for chunk in Batches(data, network, chunk_size=chunk_size):

@@ -25,6 +25,8 @@ Data = Batch | Iterable[Batch]
 Loss = Callable[[Any, Any], Tensor]
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+_CONVERTED = "_converted_to"  # what a working copy notes about itself
 _MISTAKES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 """What code that is given here raises on what it cannot take."""
 
@@ -34,12 +36,13 @@ _MISTAKES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, A
 
 
 def working_copy(
-    model: nn.Module, *, batch_norm: str = "eval", dtype: torch.dtype | None = None
+    model: nn.Module, *, batch_norm: str = "eval", dtype: torch.dtype | None = None, widen: bool = True
 ) -> nn.Module:
     """A copy to analyse: dropout off, BatchNorm by its running statistics or by the batch's.
 
     With `batch_norm="train"` it normalises by the batch and leaves its running statistics alone. Parameters
-    and buffers in bfloat16 and float16 become float32, or all floating-point ones `dtype`.
+    and buffers in bfloat16 and float16 become float32 (unless `widen` is False, where nothing small is to be told
+    apart), or all floating-point ones `dtype`, with complex ones of its precision.
     """
     check_values(model)
     check_choice("batch_norm", batch_norm, ("eval", "train"))
@@ -52,9 +55,21 @@ def working_copy(
                 module.training = True
                 module.track_running_stats = False
     for tensor in (*copied.parameters(), *copied.buffers()):
-        if tensor.is_floating_point() and (dtype is not None or tensor.dtype in _LOW_PRECISION):
-            tensor.data = tensor.data.to(dtype or torch.float32)
+        wanted = torch.float32 if dtype is None and widen and tensor.dtype in _LOW_PRECISION else dtype
+        converted = _in_precision(tensor.data, wanted)
+        if converted.dtype != tensor.dtype:
+            tensor.data = converted
+            vars(copied)[_CONVERTED] = wanted
     return copied
+
+
+def _in_precision(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Real numbers in `dtype`, complex ones in its complex counterpart if there is one, others as they are."""
+    if dtype is not None and tensor.is_floating_point():
+        return tensor.to(dtype)
+    if dtype in _COMPLEX and tensor.is_complex():
+        return tensor.to(_COMPLEX[dtype])
+    return tensor
 
 
 def check_values(model: nn.Module) -> None:
@@ -153,7 +168,8 @@ class Batches:
         self._data: Iterable[Any] = [data] if self.single else data
         devices = {parameter.device for parameter in model.parameters()}
         self._device = devices.pop() if len(devices) == 1 else None
-        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        numbers = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
+        dtypes = {parameter.dtype.to_real() for parameter in numbers}
         self._dtype = dtypes.pop() if len(dtypes) == 1 else None
         self._random_state = torch.get_rng_state()
 
@@ -204,8 +220,8 @@ class Batches:
 
     def _arrived(self, tensor: Tensor) -> Tensor:
         """A copy of our own, as a network that works in place must not reach the caller's batch."""
-        dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to(device=self._device or tensor.device, dtype=dtype, copy=True)
+        arrived = tensor.detach().to(device=self._device or tensor.device, copy=True)
+        return _in_precision(arrived, self._dtype)
 
 
 def _generators(data: Any) -> Iterator[torch.Generator]:
@@ -249,7 +265,20 @@ def run(model: nn.Module, chunk: Chunk) -> Any:
         raise
     except _MISTAKES as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(chunk.inputs))
-        raise ValueError(f"the model fails on these inputs (shape {shapes}): {error}") from error
+        raise ValueError(
+            f"the model fails on these inputs (shape {shapes}): {error}{_about(model, error)}"
+        ) from error
+
+
+def _about(model: nn.Module, error: Exception) -> str:
+    """What to do where the forward casts by itself to a dtype that the working copy's weights no longer have."""
+    wanted = vars(model).get(_CONVERTED)
+    if wanted is None or "type" not in str(error):
+        return ""
+    return (
+        f". The weights were converted to {wanted} to compute in: if the forward casts to the dtype that they had, let it "
+        "cast to the one that they have, as in x.to(self.layer.weight.dtype)"
+    )
 
 
 def chunk_loss(model: nn.Module, chunk: Chunk, loss: Loss) -> Tensor:

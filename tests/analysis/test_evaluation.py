@@ -106,6 +106,42 @@ def test_low_precision_is_widened():
     assert model[0].weight.dtype == torch.bfloat16
 
 
+class Casting(nn.Module):
+    """Handles its two precisions by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4).bfloat16(), nn.Linear(4, 2)
+
+    def forward(self, inputs):
+        return self.second(self.first(inputs.bfloat16()).float())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_forward_that_casts_by_itself_is_told_what_was_converted(dtype):
+    chunk, model = Chunk(INPUTS, TARGETS, 11), Casting()
+    with torch.no_grad():
+        assert chunk_loss(working_copy(model, widen=False), chunk, F.cross_entropy) == F.cross_entropy(
+            model(INPUTS), TARGETS
+        )
+    message = f"converted to {dtype or torch.float32} .* as in x.to"
+    with pytest.raises(ValueError, match=message):
+        chunk_loss(working_copy(model, dtype=dtype), chunk, F.cross_entropy)
+    for given, wrong in ((nn.Linear(3, 2).bfloat16(), INPUTS[:, :2]), (nn.Linear(3, 2), INPUTS.long())):
+        with pytest.raises(ValueError, match="fails on these inputs") as raised:
+            chunk_loss(working_copy(given), Chunk(wrong, TARGETS, 11), F.cross_entropy)
+        assert "converted" not in str(raised.value)  # the one has wrong shapes, the other is as it was
+
+
+def test_complex_numbers_take_the_precision_too():
+    model = nn.Linear(3, 2, dtype=torch.complex64)
+    inputs = torch.randn(4, 3, dtype=torch.complex64)
+    copied = working_copy(model, dtype=torch.float64)
+    (chunk,) = Batches((inputs, torch.zeros(4)), copied)
+    assert copied(chunk.inputs).dtype == torch.complex128
+    assert model.weight.dtype == torch.complex64 and working_copy(model).weight.dtype == torch.complex64
+
+
 def test_a_network_that_works_in_place_cannot_reach_the_batch():
     before = INPUTS.clone()
     model = working_copy(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)))
