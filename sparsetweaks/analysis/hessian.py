@@ -337,7 +337,8 @@ def hessian_top_eigenvalues(
         k: how many, at least 1.
         which: `"largest"`, `"smallest"` (most negative) or largest `"magnitude"`.
         over: `"kept"` weights, `"all"` of them (as if nothing had been pruned, at the same point), or
-            `"both"`, side by side. All trainable parameters count, also of BatchNorm, and biases.
+            `"both"`, side by side. All trainable parameters count, also of BatchNorm, and biases; complex ones
+            are refused.
         where: glob pattern(s) on the names of parameters, or of the modules that hold them, to restrict it
             to; None for all.
         tolerance: bound on the relative error of each value, > 0, and how far apart eigenvalues are told. Below
@@ -364,7 +365,7 @@ def hessian_top_eigenvalues(
         Values, error bounds, vectors, and what it cost.
 
     Raises:
-        ValueError: an option out of range; nothing trainable, everything pruned, or fewer than k weights;
+        ValueError: an option out of range; nothing trainable, something complex, everything pruned, or fewer than k weights;
             weights or a loss that are not finite; data without a batch, or that do not fit; a loss that is
             no scalar, or with `chunk_size` no mean over examples.
 
