@@ -179,8 +179,8 @@ def _judge(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
             else type(outputs).__name__
         )
         raise ValueError(
-            "the model must put out real scores of shape (examples, classes) or (examples, classes, positions...), "
-            f"at least 2 classes; got {got}"
+            "the model must put out scores of shape (examples, classes) or (examples, classes, positions...), "
+            f"at least 2 classes and real numbers; got {got}"
         )
     if outputs.numel() == 0:
         raise ValueError(
