@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparsetweaks.analysis.evaluation import Batches, Data, run, table_text, undisturbed, working_copy
 from sparsetweaks.analysis.figures import COLORS, label, new_figure
+from sparsetweaks.analysis.options import check_least
 from sparsetweaks.analysis.units import Units
 from sparsetweaks.surgery.activations import Function, InPlace, OnCopy
 from sparsetweaks.surgery.ghosts import Ghost
@@ -156,7 +157,7 @@ def activation_sparsity(
     after a swap; activations inside scripted modules and torch's recurrent layers are not seen.
 
     Args:
-        model: any module, masked or not. It is not changed, and runs as a copy with dropout off.
+        model: any module, masked or not. It is not changed, and runs as a copy with dropout off, in its own precision.
         data: one pair (inputs, targets), or an iterable of them; the targets are not looked at.
         threshold: up to which absolute value an activation counts as near zero, at least 0. Default: 0.01, as in the
             paper's released code.
@@ -179,9 +180,9 @@ def activation_sparsity(
         >>> found.zeros, found.dead
         (1.0, 3)
     """
-    if not isinstance(threshold, (int, float)) or not threshold >= 0:
-        raise ValueError(f"threshold must be at least 0, a number, got {threshold!r}")
-    network = working_copy(model, batch_norm=batch_norm)
+    check_least("threshold", threshold, 0)
+    threshold = float(threshold)
+    network = working_copy(model, batch_norm=batch_norm, widen=False)
     counter = _Counter(threshold)
     examples = 0
     with undisturbed(network), torch.no_grad(), counter.listening(network):

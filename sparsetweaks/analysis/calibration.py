@@ -127,7 +127,7 @@ def calibration(
     Args:
         model: a classifier: it maps inputs to scores of shape (examples, classes), or (examples, classes, positions...)
             as in segmentation, where each position counts as an example. It is not changed, and runs as a copy with
-            dropout off.
+            dropout off, in its own precision.
         data: one pair (inputs, targets), or an iterable of them; targets are class numbers of shape (examples,) or
             (examples, positions...), or probabilities of the scores' shape, of which the largest counts. Every one must
             be a class: positions that a loss ignores are not left out here.
@@ -139,8 +139,8 @@ def calibration(
         The bins, and the expected calibration error in [0, 1].
 
     Raises:
-        ValueError: the outputs are no scores of classes or not finite; targets do not fit; the data hold no batch or
-            do not fit; a parameter is not finite.
+        ValueError: the outputs are no real scores of classes, none at all or not finite; targets do not fit; the data
+            hold no batch or do not fit; a parameter is not finite.
 
     Example:
         >>> found = calibration(nn.Identity(), (torch.tensor([[0.0, 9.0], [9.0, 0.0]]), torch.tensor([1, 1])))
@@ -148,7 +148,7 @@ def calibration(
         (0.5, 0.5)
     """
     check_whole("bins", bins, most=MOST_BINS)
-    network = working_copy(model, batch_norm=batch_norm)
+    network = working_copy(model, batch_norm=batch_norm, widen=False)
     confidences, rights = [], []
     with undisturbed(network), torch.no_grad():
         for chunk in Batches(data, network, chunk_size=chunk_size):
@@ -172,24 +172,32 @@ def calibration(
 
 def _judge(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
     """For each example the confidence, and 1 where the model is right."""
-    if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[1] < 2:
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[1] < 2 or outputs.is_complex():
         got = (
-            f"a tensor of shape {tuple(outputs.shape)}"
+            f"a {outputs.dtype} tensor of shape {tuple(outputs.shape)}"
             if isinstance(outputs, Tensor)
             else type(outputs).__name__
         )
         raise ValueError(
             "the model must put out scores of shape (examples, classes) or (examples, classes, positions...), "
-            f"at least 2 classes; got {got}"
+            f"at least 2 classes and real numbers; got {got}"
+        )
+    if outputs.numel() == 0:
+        raise ValueError(
+            f"the model's scores, of shape {tuple(outputs.shape)}, hold no position: nothing to compare"
         )
     if not outputs.isfinite().all():
         raise ValueError("the model's outputs are not finite: nothing to compare")
     classes, wanted = outputs.shape[1], (outputs.shape[0], *outputs.shape[2:])
-    if isinstance(targets, Tensor) and targets.shape == outputs.shape:
+    if isinstance(targets, Tensor) and targets.shape == outputs.shape and not targets.is_complex():
         if not targets.isfinite().all():
             raise ValueError("the targets are probabilities that are not finite: nothing to compare with")
         targets = targets.argmax(1)
-    fits = isinstance(targets, Tensor) and targets.shape == wanted and not targets.is_floating_point()
+    fits = (
+        isinstance(targets, Tensor)
+        and targets.shape == wanted
+        and not (targets.is_floating_point() or targets.is_complex())
+    )
     if not fits or targets.min() < 0 or targets.max() >= classes:
         ignored = "; leave out what a loss ignores" if fits and targets.min() < 0 else ""
         raise ValueError(

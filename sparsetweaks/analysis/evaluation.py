@@ -15,15 +15,18 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from sparsetweaks.analysis.options import check_choice, check_dtype, check_whole
+from sparsetweaks.analysis.options import DTYPES, check_choice, check_dtype, check_whole
 from sparsetweaks.calling import map_tensors, tensors
 from sparsetweaks.copying import check_model, copy_model
+from sparsetweaks.prunable import check_dense
 
 Batch = tuple[Any, Any]
 Data = Batch | Iterable[Batch]
 Loss = Callable[[Any, Any], Tensor]
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+_CONVERTED = "_converted_to"  # what a working copy notes about itself
 _MISTAKES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 """What code that is given here raises on what it cannot take."""
 
@@ -33,12 +36,13 @@ _MISTAKES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, A
 
 
 def working_copy(
-    model: nn.Module, *, batch_norm: str = "eval", dtype: torch.dtype | None = None
+    model: nn.Module, *, batch_norm: str = "eval", dtype: torch.dtype | None = None, widen: bool = True
 ) -> nn.Module:
     """A copy to analyse: dropout off, BatchNorm by its running statistics or by the batch's.
 
     With `batch_norm="train"` it normalises by the batch and leaves its running statistics alone. Parameters
-    and buffers in bfloat16 and float16 become float32, or all floating-point ones `dtype`.
+    and buffers in bfloat16 and float16 become float32 (unless `widen` is False, where nothing small is to be told
+    apart), or all floating-point ones `dtype`, with complex ones of its precision.
     """
     check_values(model)
     check_choice("batch_norm", batch_norm, ("eval", "train"))
@@ -51,9 +55,21 @@ def working_copy(
                 module.training = True
                 module.track_running_stats = False
     for tensor in (*copied.parameters(), *copied.buffers()):
-        if tensor.is_floating_point() and (dtype is not None or tensor.dtype in _LOW_PRECISION):
-            tensor.data = tensor.data.to(dtype or torch.float32)
+        wanted = torch.float32 if dtype is None and widen and tensor.dtype in _LOW_PRECISION else dtype
+        converted = _in_precision(tensor.data, wanted)
+        if converted.dtype != tensor.dtype:
+            tensor.data = converted
+            vars(copied)[_CONVERTED] = wanted
     return copied
+
+
+def _in_precision(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Real numbers in `dtype`, complex ones in its complex counterpart if there is one, others as they are."""
+    if dtype is not None and tensor.is_floating_point():
+        return tensor.to(dtype)
+    if dtype in _COMPLEX and tensor.is_complex():
+        return tensor.to(_COMPLEX[dtype])
+    return tensor
 
 
 def check_values(model: nn.Module) -> None:
@@ -61,7 +77,8 @@ def check_values(model: nn.Module) -> None:
 
     Raises:
         TypeError: it is no module.
-        ValueError: a parameter is lazy, on the meta device, or holds NaN or infinity; it is named.
+        ValueError: a parameter is lazy, on the meta device, stored in another way than number by number, of 8 bits or
+            fewer, or holds NaN or infinity; it is named.
     """
     check_model(model)
     for name, parameter in model.named_parameters():
@@ -73,9 +90,21 @@ def check_values(model: nn.Module) -> None:
             raise ValueError(
                 f"the parameter {name!r} is on the meta device and has no values: load the model first"
             )
+        check_numbers({name: parameter})
         if not parameter.detach().isfinite().all():
             raise ValueError(
                 f"the parameter {name!r} holds values that are not finite: nothing to analyse there"
+            )
+
+
+def check_numbers(named: Mapping[str, Tensor]) -> None:
+    """Refuse by name what cannot be computed with: sparse layouts, quantized numbers, floats of 8 bits or fewer."""
+    check_dense(named)
+    for name, tensor in named.items():
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"{name!r} is {tensor.dtype}, which torch stores but does not compute in: convert the model first, "
+                "as by model.float()"
             )
 
 
@@ -111,10 +140,11 @@ class Chunk(NamedTuple):
 class Batches:
     """The data as chunks on the network's device, the same ones in the same order at each iteration.
 
-    A pair (inputs, targets) is one batch; anything else is iterated over for such pairs, anew each time. The
-    random state is set back before each iteration, and that of a loader's own generator after it, so that a
-    shuffled loader shuffles the same way and the mean over the data is one function. PyTorch's random state is
-    the caller's to protect (`undisturbed`).
+    A pair (inputs, targets) is one batch; anything else is iterated over for such pairs, anew each time. Two pairs in
+    a list are two batches; in a tuple they may as well be inputs and targets, and are refused. The random state is set
+    back before each iteration, and that of a loader's own generators after it, so that a shuffled loader shuffles the
+    same way and the mean over the data is one function. PyTorch's random state is the caller's to protect
+    (`undisturbed`).
     """
 
     def __init__(self, data: Data, model: nn.Module, *, chunk_size: int | None = None) -> None:
@@ -128,12 +158,18 @@ class Batches:
             raise ValueError(
                 f"data is a {type(data).__name__}, which can be gone through only once: pass a list or a DataLoader"
             )
+        if isinstance(data, tuple) and len(data) == 2 and not is_pair(data):
+            raise ValueError(
+                "data is a tuple of two, and may be one pair (inputs, targets) or two of them: write [(inputs, targets)] "
+                "for the one, [(inputs, targets), (inputs, targets)] for the other"
+            )
         self.chunk_size = chunk_size
         self.single = is_pair(data)
         self._data: Iterable[Any] = [data] if self.single else data
         devices = {parameter.device for parameter in model.parameters()}
         self._device = devices.pop() if len(devices) == 1 else None
-        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        numbers = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
+        dtypes = {parameter.dtype.to_real() for parameter in numbers}
         self._dtype = dtypes.pop() if len(dtypes) == 1 else None
         self._random_state = torch.get_rng_state()
 
@@ -184,21 +220,30 @@ class Batches:
 
     def _arrived(self, tensor: Tensor) -> Tensor:
         """A copy of our own, as a network that works in place must not reach the caller's batch."""
-        dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to(device=self._device or tensor.device, dtype=dtype, copy=True)
+        arrived = tensor.detach().to(device=self._device or tensor.device, copy=True)
+        return _in_precision(arrived, self._dtype)
 
 
 def _generators(data: Any) -> Iterator[torch.Generator]:
-    """Those that a DataLoader and its sampler draw from, where they have their own."""
-    for owner in (data, getattr(data, "sampler", None)):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
+    """Those that a DataLoader, its samplers and theirs draw from, where they have their own."""
+    owners = [data]
+    for owner in owners:
+        if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
             yield generator
+        inner = [getattr(owner, name, None) for name in ("batch_sampler", "sampler")]
+        owners += [each for each in inner if each is not None and not any(each is known for known in owners)]
 
 
 def is_pair(data: Any) -> bool:
-    """Whether this is one batch rather than a sequence of them."""
-    return isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[1], (tuple, list))
+    """Whether this is one batch (inputs, targets) rather than a sequence of them.
+
+    It is if either part can be no batch: `(inputs, (classes, boxes))` is one. Tuples and lists in a list are batches.
+    """
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        return False
+    if not all(isinstance(part, (tuple, list)) for part in data):
+        return True
+    return isinstance(data, tuple) and any(len(part) != 2 for part in data)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -220,7 +265,20 @@ def run(model: nn.Module, chunk: Chunk) -> Any:
         raise
     except _MISTAKES as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(chunk.inputs))
-        raise ValueError(f"the model fails on these inputs (shape {shapes}): {error}") from error
+        raise ValueError(
+            f"the model fails on these inputs (shape {shapes}): {error}{_about(model, error)}"
+        ) from error
+
+
+def _about(model: nn.Module, error: Exception) -> str:
+    """What to do where the forward casts by itself to a dtype that the working copy's weights no longer have."""
+    wanted = vars(model).get(_CONVERTED)
+    if wanted is None or "type" not in str(error):
+        return ""
+    return (
+        f". The weights were converted to {wanted} to compute in: if the forward casts to the dtype that they had, let it "
+        "cast to the one that they have, as in x.to(self.layer.weight.dtype)"
+    )
 
 
 def chunk_loss(model: nn.Module, chunk: Chunk, loss: Loss) -> Tensor:
@@ -253,22 +311,28 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
 def reestimate_statistics(network: nn.Module, batches: Batches) -> None:
     """Make BatchNorm's running statistics, in place, the means over the examples of each batch's statistics.
 
-    As after a change of weights, which leaves the old ones wrong. Each batch is normalised by its own on the way.
+    As after a change of weights, which leaves the old ones wrong. Each batch is normalised by its own on the way. Of a
+    module that is called several times each call counts.
     """
     norms = [module for module in network.modules() if _has_statistics(module)]
     if not norms:
         return
+    seen = dict.fromkeys(norms, 0)
+
+    def weigh(norm: _NormBase, inputs: Any) -> None:
+        seen[norm] += chunk.examples
+        norm.momentum = chunk.examples / seen[norm]  # 1 at first, which forgets the old ones
+
+    hooks = [norm.register_forward_pre_hook(weigh) for norm in norms]
     for norm in norms:
         norm.training = True
-    examples = 0
     with torch.no_grad():
         for chunk in batches:
-            examples += chunk.examples
-            for norm in norms:
-                norm.momentum = chunk.examples / examples  # 1 at first, which forgets the old ones
             run(network, chunk)
     for norm in norms:
         norm.training = False
+    for hook in hooks:
+        hook.remove()
 
 
 def _has_statistics(module: nn.Module) -> TypeGuard[_NormBase]:

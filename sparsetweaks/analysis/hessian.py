@@ -328,14 +328,17 @@ def hessian_top_eigenvalues(
             `UnmaskedZerosWarning` otherwise.
         data: one pair (inputs, targets), or something that can be gone through repeatedly for such pairs, a
             list or a `DataLoader` say, of any length: one batch is held at a time. The inputs are a tensor, or
-            a tuple or mapping of them. Batches go to the model's device and precision.
+            a tuple or mapping of them, and targets whatever the loss takes: `(inputs, (classes, boxes))` is one
+            pair. Where both are tuples, write `[(inputs, targets)]`: two pairs in a tuple may be either, and are
+            refused. Batches go to the model's device and precision.
         loss: of (outputs, targets), a scalar: the mean over the examples of a batch. Batches of different
             sizes are weighted, so that the loss is the mean over all examples. One that is no such mean (classes
             have weights, say) is a mean over batches as they come, and is refused where `chunk_size` cuts them.
         k: how many, at least 1.
         which: `"largest"`, `"smallest"` (most negative) or largest `"magnitude"`.
         over: `"kept"` weights, `"all"` of them (as if nothing had been pruned, at the same point), or
-            `"both"`, side by side. All trainable parameters count, also of BatchNorm, and biases.
+            `"both"`, side by side. All trainable parameters count, also of BatchNorm, and biases; complex ones
+            are refused.
         where: glob pattern(s) on the names of parameters, or of the modules that hold them, to restrict it
             to; None for all.
         tolerance: bound on the relative error of each value, > 0, and how far apart eigenvalues are told. Below
@@ -362,7 +365,7 @@ def hessian_top_eigenvalues(
         Values, error bounds, vectors, and what it cost.
 
     Raises:
-        ValueError: an option out of range; nothing trainable, everything pruned, or fewer than k weights;
+        ValueError: an option out of range; nothing trainable, something complex, everything pruned, or fewer than k weights;
             weights or a loss that are not finite; data without a batch, or that do not fit; a loss that is
             no scalar, or with `chunk_size` no mean over examples.
 

@@ -22,6 +22,7 @@ from sparsetweaks.analysis.evaluation import (
     Loss,
     check_cut,
     check_loss,
+    check_numbers,
     chunk_loss,
     is_pair,
     mean_loss,
@@ -271,8 +272,8 @@ def loss_line(
 
     Between two networks (linear mode connectivity, Frankle et al. 2020): at (1 - t) * weights + t * others for
     t from 0 to 1. The barrier is the largest excess of the loss over the straight line between the two ends'
-    losses. Both masks may be of any form. Floating-point buffers go along, and what is equal in both stays to
-    the bit, infinities too.
+    losses. Both masks may be of any form. Complex parameters and floating-point buffers go along, and what is
+    equal in both stays to the bit, infinities too.
 
     Dropout is off. The model, its buffers and modes, and PyTorch's random state stay untouched.
 
@@ -306,8 +307,8 @@ def loss_line(
         Positions and losses, with `barrier` or `rise`.
 
     Raises:
-        ValueError: neither or both of `direction` and `to`; a direction or network that does not fit; buffers
-            that differ and have nothing between them, as they are infinite or no floating-point numbers; a given
+        ValueError: neither or both of `direction` and `to`; a direction or network that does not fit; parameters or
+            buffers that differ and have nothing between them, as they are infinite or whole numbers; a given
             network whose loss is not finite; otherwise as `hessian_top_eigenvalues`.
 
     Example:
@@ -684,9 +685,22 @@ def _by_name(network: nn.Module, masks: Mapping[nn.Parameter, Tensor]) -> dict[s
 
 
 def _tensors_of(network: nn.Module) -> Weights:
-    """All that is interpolated: floating-point parameters, and buffers such as running statistics."""
-    buffers = {name: buffer for name, buffer in _buffers_of(network).items() if buffer.is_floating_point()}
-    return {**named_weights(network), **buffers}
+    """All that is interpolated: real and complex parameters, and buffers such as running statistics."""
+    return {**named_weights(network), **{n: b for n, b in _buffers_of(network).items() if _has_between(b)}}
+
+
+def _fixed_of(network: nn.Module) -> Weights:
+    """All that cannot be interpolated, but for counts of batches, which compute nothing here."""
+    tensors = {**dict(network.named_parameters()), **_buffers_of(network)}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (_has_between(tensor) or name.endswith("num_batches_tracked"))
+    }
+
+
+def _has_between(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _buffers_of(network: nn.Module) -> Weights:
@@ -703,7 +717,13 @@ def _check_same(first: Weights, second: Weights) -> None:
     apart = sorted(set(first) ^ set(second))
     if apart:
         raise ValueError(f"the two networks are of different architectures: only one has {apart[0]!r}")
+    check_numbers(first)
+    check_numbers(second)
     for name, tensor in first.items():
+        if tensor.is_complex() != second[name].is_complex():
+            raise ValueError(
+                f"{name!r} is {tensor.dtype} in one network and {second[name].dtype} in the other: give both alike"
+            )
         if tensor.shape != second[name].shape:
             raise ValueError(
                 f"{name!r} has shape {tuple(tensor.shape)} in one network and {tuple(second[name].shape)} in the other"
@@ -717,17 +737,18 @@ def _check_same(first: Weights, second: Weights) -> None:
 
 
 def _check_fixed(first: nn.Module, second: nn.Module) -> None:
-    """Refuse what cannot be interpolated and differs; counts of batches, which compute nothing here, do not matter."""
-    others = _buffers_of(second)
-    for name, buffer in _buffers_of(first).items():
-        if buffer.is_floating_point() or name.endswith("num_batches_tracked"):
-            continue
-        other = others.get(name)
-        if other is None or buffer.shape != other.shape or not torch.equal(buffer, other.to(buffer.device)):
+    """Refuse what cannot be interpolated and differs."""
+    ours, others = _fixed_of(first), _fixed_of(second)
+    for name, tensor in {**ours, **others}.items():
+        if name not in ours or name not in others or not _equal(ours[name], others[name]):
             raise ValueError(
-                f"the buffer {name!r} ({buffer.dtype}) differs between the two networks, and there is nothing between "
-                "its values: give both the same"
+                f"{name!r} ({tensor.dtype}) differs between the two networks, and there is nothing between its values: "
+                "give both the same"
             )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other.to(one.device))
 
 
 def _check_statistics(batch_norm: str, chunk_size: int | None) -> None:
@@ -760,6 +781,10 @@ def _fitting(direction: Direction, terrain: _Terrain) -> Weights:
             raise ValueError(f"the direction moves {name!r}, which is no parameter of the network")
         if not isinstance(part, Tensor):
             raise ValueError(f"the direction holds a {type(part).__name__} at {name!r}: give a tensor")
+        if part.is_complex() or weights[name].is_complex():
+            raise ValueError(
+                f"the direction is complex at {name!r}, or its weight is: give one of real weights"
+            )
         if part.shape != weights[name].shape:
             raise ValueError(
                 f"the direction has shape {tuple(part.shape)} at {name!r}, but its weight {tuple(weights[name].shape)}"

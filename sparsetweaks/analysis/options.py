@@ -11,6 +11,9 @@ import torch
 
 Progress = Callable[[int, int], None]
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What torch computes in; floating-point numbers of 8 bits and fewer it only stores."""
+
 
 def check_whole(name: str, value: Any, *, least: int = 1, most: float = math.inf) -> None:
     """Refuse what is no whole number, or too small or large a one."""
@@ -30,6 +33,12 @@ def check_positive(name: str, value: Any) -> None:
     """Refuse what is no finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise ValueError(f"{name} must be positive, a finite number, got {value!r}")
+
+
+def check_least(name: str, value: Any, least: float) -> None:
+    """Refuse what is no number, or too small a one."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= least:
+        raise ValueError(f"{name} must be at least {least:g}, a number, got {value!r}")
 
 
 def check_share(name: str, value: Any) -> None:
@@ -53,9 +62,12 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_dtype(dtype: Any) -> None:
-    """Refuse what is no floating-point dtype; None is the model's own."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be a floating-point one, such as torch.float64, or None, got {dtype!r}")
+    """Refuse what is no floating-point dtype that torch computes in; None is the model's own."""
+    if dtype is not None and dtype not in DTYPES:
+        *first, last = map(str, DTYPES)
+        raise ValueError(
+            f"dtype must be a floating-point one, {', '.join(first)} or {last}, or None, got {dtype!r}"
+        )
 
 
 def check_progress(progress: Any) -> None:

@@ -93,6 +93,9 @@ def subspace(
         masks: True = kept, by parameter of this model.
         over: `"kept"` or `"all"`.
         where: glob pattern(s) on the names of parameters, or of the modules that hold them.
+
+    Raises:
+        ValueError: nothing is trainable, chosen or kept; or some that are chosen are complex, and are named.
     """
     if over == "kept":
         check_zeros(model, masks)
@@ -100,6 +103,12 @@ def subspace(
     if not trainable:
         raise ValueError("the model has no trainable parameter: all are frozen, or there is none")
     chosen = _select(trainable, where)
+    complex_ones = [name for name, parameter in chosen.items() if parameter.is_complex()]
+    if complex_ones:
+        raise ValueError(
+            f"trainable parameters are complex ({', '.join(map(repr, complex_ones))}), and this analysis is of real ones: "
+            "freeze them, which leaves them out, or choose others with where="
+        )
     kept = {
         name: masks[parameter].reshape(-1).nonzero().squeeze(1)
         for name, parameter in chosen.items()
@@ -126,7 +135,7 @@ def check_zeros(
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The floating-point parameters by the weight's own name, as in `find_masks`; a tied one once.
+    """The real and complex parameters by the weight's own name, as in `find_masks`; a tied one once.
 
     In alphabetical order, whatever form the masks have.
     """
@@ -137,7 +146,7 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
             name = name.removesuffix("_orig")
         if name.endswith(".original"):
             name = name.removesuffix(".original").replace("parametrizations.", "")
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() or parameter.is_complex():
             named[name] = parameter
     return dict(sorted(named.items()))
 

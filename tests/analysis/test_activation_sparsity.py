@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,10 +160,35 @@ def test_the_model_is_only_read_and_the_figure_is_its_own():
     assert "exactly zero" in str(found) and "inner.1" in str(found)
 
 
+def test_a_threshold_is_any_real_number():
+    found = [
+        activation_sparsity(Forms(), DATA, threshold=each) for each in (np.float32(0.25), Fraction(1, 4))
+    ]
+    assert [type(each.threshold) for each in found] == [float, float]
+    assert {each.threshold for each in found} == {0.25} and "at most 0.25" in str(found[0])
+
+
+class Casting(nn.Module):
+    """Two precisions, and a forward that knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.second = nn.Linear(3, 4).bfloat16(), nn.ReLU(), nn.Linear(4, 2)
+
+    def forward(self, inputs):
+        return self.second(self.act(self.first(inputs.bfloat16())).float())
+
+
+def test_a_model_runs_in_its_own_precision():
+    model, inputs = Casting(), torch.randn(20, 3)
+    found = activation_sparsity(model, (inputs, torch.zeros(20)))
+    assert found.sites[0].zeros == int((model.act(model.first(inputs.bfloat16())) == 0).sum())
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="no activation was seen"):
         activation_sparsity(nn.Linear(2, 2), (torch.ones(1, 2), torch.ones(1)))
-    for threshold in (float("nan"), -1, "0.1", None):
+    for threshold in (float("nan"), -1, "0.1", None, True, False, 1j, [0.1]):
         with pytest.raises(ValueError, match="threshold must be at least 0"):
             activation_sparsity(Forms(), DATA, threshold=threshold)
     with pytest.raises(ValueError, match="the model fails on these inputs"):

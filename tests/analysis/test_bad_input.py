@@ -101,6 +101,17 @@ def test_a_model_without_values(each):
     refused(each, r"'0\.weight' is on the meta device and has no values: load", model=network().to("meta"))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_a_weight_that_is_only_stored_is_named(each):
+    model = network()
+    model[7].weight = nn.Parameter(model[7].weight.detach().to_sparse_csr())
+    refused(each, r"'7\.weight' is stored as torch\.sparse_csr.*to_dense", model=model)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        message = rf"'7\.weight' is {dtype}, which torch stores but does not compute in: .*model\.float\(\)"
+        model[7].weight = nn.Parameter(network()[7].weight.detach().to(dtype))
+        refused(each, message, model=model)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -158,7 +169,7 @@ COUNTS = (0, -1, 2.5, 3.0, math.nan, math.inf, True, "3", None, [3], torch.tenso
 SIZES = (0, -1.0, math.nan, math.inf, True, "1", None, [1.0])
 NAMES = ("mean", "", None, 1, True, ["kept"], {})
 FUNCTIONS = ("tqdm", 1, [print])
-DTYPES = (torch.long, torch.cfloat, "float64", float, 64)
+DTYPES = (torch.long, torch.cfloat, torch.float8_e4m3fn, torch.float8_e5m2, "float64", float, 64)
 OPTIONS = [
     ("hessian_top_eigenvalues", "k", COUNTS, "k must be a whole number, at least 1"),
     ("hessian_top_eigenvalues", "iterations", COUNTS, "iterations must be a whole number, at least 1"),

@@ -85,6 +85,32 @@ def test_mistakes_are_named():
         calibration(nn.Identity(), (two, two * math.nan))
     with pytest.raises(ValueError, match="no batch"):
         calibration(nn.Identity(), [])
+    with pytest.raises(ValueError, match=r"scores, of shape \(2, 3, 0\), hold no position"):
+        calibration(nn.Identity(), (torch.randn(2, 3, 0), torch.zeros(2, 0).long()))
+    with pytest.raises(ValueError, match=r"real numbers; got a torch\.complex128 tensor of shape \(2, 2\)"):
+        calibration(nn.Identity(), (two.cfloat().to(torch.complex128), torch.tensor([0, 1])))
+    for targets in (two.cfloat(), torch.zeros(2, dtype=torch.cfloat)):
+        with pytest.raises(ValueError, match="class numbers from 0 to 1"):
+            calibration(nn.Identity(), (two, targets))
+
+
+class Casting(nn.Module):
+    """Two precisions, and a forward that knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4).bfloat16(), nn.Linear(4, 2)
+
+    def forward(self, inputs):
+        return self.second(self.first(inputs.bfloat16()).relu().float())
+
+
+@pytest.mark.parametrize("model", [Casting(), nn.Linear(3, 2).bfloat16()], ids=["both", "bfloat16"])
+def test_a_model_runs_in_its_own_precision(model):
+    inputs, targets = torch.randn(20, 3), torch.randint(2, (20,))
+    with torch.no_grad():
+        outputs = model(inputs.bfloat16())
+    assert str(calibration(model, (inputs, targets))) == str(calibration(nn.Identity(), (outputs, targets)))
 
 
 @pytest.mark.parametrize("positions", [(5,), (3, 4)])

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
 
 from sparsetweaks.analysis.evaluation import (
     Batches,
     Chunk,
     check_cut,
     chunk_loss,
+    is_pair,
     mean_loss,
     undisturbed,
     working_copy,
@@ -49,9 +50,31 @@ def test_each_iteration_sees_the_same_shuffle_and_the_random_state_survives():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_loader_with_its_own_generator_shuffles_the_same_way_too_and_keeps_its_state():
+class Permuted(Sampler):
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __iter__(self):
+        yield from torch.randperm(11, generator=self.generator).split(4)
+
+
+def loaders(generator):
+    data = TensorDataset(INPUTS, TARGETS)
+    drawn = RandomSampler(data, generator=generator)
+    batches = BatchSampler(drawn, 4, False)
+    return {
+        "its own": DataLoader(data, batch_size=4, shuffle=True, generator=generator),
+        "sampler": DataLoader(data, batch_size=4, sampler=drawn),
+        "batch sampler's sampler": DataLoader(data, batch_sampler=batches),
+        "batch sampler": DataLoader(data, batch_sampler=Permuted(generator)),
+        "batches as a sampler": DataLoader(data, sampler=batches, batch_size=None),
+    }
+
+
+@pytest.mark.parametrize("where", loaders(None))
+def test_a_loader_with_its_own_generator_shuffles_the_same_way_too_and_keeps_its_state(where):
     generator = torch.Generator().manual_seed(4)
-    loader = DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=4, shuffle=True, generator=generator)
+    loader = loaders(generator)[where]
     state = generator.get_state()
     batches = Batches(loader, working_copy(network()))
     with undisturbed(network()):
@@ -83,6 +106,42 @@ def test_low_precision_is_widened():
     assert model[0].weight.dtype == torch.bfloat16
 
 
+class Casting(nn.Module):
+    """Handles its two precisions by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4).bfloat16(), nn.Linear(4, 2)
+
+    def forward(self, inputs):
+        return self.second(self.first(inputs.bfloat16()).float())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_forward_that_casts_by_itself_is_told_what_was_converted(dtype):
+    chunk, model = Chunk(INPUTS, TARGETS, 11), Casting()
+    with torch.no_grad():
+        assert chunk_loss(working_copy(model, widen=False), chunk, F.cross_entropy) == F.cross_entropy(
+            model(INPUTS), TARGETS
+        )
+    message = f"converted to {dtype or torch.float32} .* as in x.to"
+    with pytest.raises(ValueError, match=message):
+        chunk_loss(working_copy(model, dtype=dtype), chunk, F.cross_entropy)
+    for given, wrong in ((nn.Linear(3, 2).bfloat16(), INPUTS[:, :2]), (nn.Linear(3, 2), INPUTS.long())):
+        with pytest.raises(ValueError, match="fails on these inputs") as raised:
+            chunk_loss(working_copy(given), Chunk(wrong, TARGETS, 11), F.cross_entropy)
+        assert "converted" not in str(raised.value)  # the one has wrong shapes, the other is as it was
+
+
+def test_complex_numbers_take_the_precision_too():
+    model = nn.Linear(3, 2, dtype=torch.complex64)
+    inputs = torch.randn(4, 3, dtype=torch.complex64)
+    copied = working_copy(model, dtype=torch.float64)
+    (chunk,) = Batches((inputs, torch.zeros(4)), copied)
+    assert copied(chunk.inputs).dtype == torch.complex128
+    assert model.weight.dtype == torch.complex64 and working_copy(model).weight.dtype == torch.complex64
+
+
 def test_a_network_that_works_in_place_cannot_reach_the_batch():
     before = INPUTS.clone()
     model = working_copy(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)))
@@ -100,6 +159,38 @@ def test_several_inputs_and_nested_targets():
         batches = Batches([(inputs, [TARGETS, TARGETS])], model, chunk_size=4)
         value = mean_loss(model, batches, lambda outputs, targets: outputs.mean() + len(targets))
         assert value == pytest.approx(2 * INPUTS.mean().item() + 2, rel=1e-5)
+
+
+PAIR = INPUTS, TARGETS
+
+
+@pytest.mark.parametrize(
+    ("data", "count", "inside"),
+    [
+        ((INPUTS, (TARGETS, TARGETS)), 1, 2),
+        ([INPUTS, [TARGETS, TARGETS]], 1, 2),
+        (({"first": INPUTS}, (TARGETS, TARGETS)), 1, 2),
+        (((INPUTS, INPUTS), (TARGETS, TARGETS, TARGETS)), 1, 3),
+        (((INPUTS, INPUTS, INPUTS), (TARGETS, TARGETS)), 1, 2),
+        ([(PAIR, (TARGETS, TARGETS))], 1, 2),
+        ([PAIR, PAIR], 2, None),
+        ([[*PAIR], [*PAIR]], 2, None),
+        ((PAIR, PAIR, PAIR), 3, None),
+    ],
+)
+def test_a_pair_of_tuples_is_told_from_two_batches(data, count, inside):
+    chunks = list(Batches(data, network(), chunk_size=11))
+    assert len(chunks) == count
+    for chunk in chunks:
+        assert (len(chunk.targets) if isinstance(chunk.targets, (tuple, list)) else None) == inside
+
+
+def test_two_pairs_in_a_tuple_may_be_one():
+    assert not is_pair((PAIR, PAIR))
+    with pytest.raises(
+        ValueError, match=r"one pair .* or two of them: write \[\(inputs, targets\)\] for the one"
+    ):
+        Batches((PAIR, PAIR), network())
 
 
 @pytest.mark.parametrize(

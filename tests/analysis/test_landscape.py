@@ -210,6 +210,67 @@ def test_buffers_between_two_networks_are_interpolated_unless_they_are_equal():
         loss_line(first, data, F.cross_entropy, to=Attending(allowed=False))
 
 
+class Waves(nn.Module):
+    """Complex weights, one of them pruned, beside real ones, and a whole number that chooses."""
+
+    def __init__(self, seed: int, chosen: int = 1) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.mix = nn.Parameter(torch.randn(3, 3, dtype=torch.complex128, generator=draw))
+        self.real = nn.Parameter(torch.randn(3, generator=draw, dtype=torch.float64))
+        self.register_buffer("phase", torch.randn(3, dtype=torch.complex128, generator=draw))
+        self.chosen = nn.Parameter(torch.tensor([chosen]), requires_grad=False)
+
+    def forward(self, inputs):
+        return ((inputs.to(self.mix.dtype) @ self.mix) * self.phase).abs() * self.real * self.chosen
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_complex_parameters_go_along_and_whole_numbers_must_be_equal(trainable):
+    data = torch.randn(8, 3).double(), torch.randint(3, (8,))
+    first, second = (Waves(seed).requires_grad_(False) for seed in (0, 1))
+    first.mix.requires_grad_(trainable)
+    line = loss_line(first, data, F.cross_entropy, to=second, points=3)
+    for t, value in zip(line.positions, line.losses, strict=True):
+        moved = copy_model(first)
+        with torch.no_grad():
+            for name in ("mix", "real", "phase"):
+                getattr(moved, name).copy_((1 - t) * getattr(first, name) + t * getattr(second, name))
+            assert value == pytest.approx(F.cross_entropy(moved(data[0]), data[1]).item(), rel=1e-12)
+    assert line.losses[0] != line.losses[2] and line.weights == 12
+    mask = torch.rand(3, 3) > 0.5
+    masked = apply_masks(first, {"mix": mask})
+    both = loss_line(masked, data, F.cross_entropy, to=second, masks="intersection", points=2)
+    assert both.weights - both.kept == int((~mask).sum())
+    with pytest.raises(ValueError, match=r"'chosen' \(torch\.int64\) differs between the two networks"):
+        loss_line(first, data, F.cross_entropy, to=Waves(0, chosen=2))
+    second.phase = second.phase.real.clone()
+    with pytest.raises(
+        ValueError, match=r"'phase' is torch\.complex128 in one network and torch\.float64 in"
+    ):
+        loss_line(first, data, F.cross_entropy, to=second)
+    with pytest.raises(ValueError, match="complex at 'mix'"):
+        loss_line(first, data, F.cross_entropy, direction={"mix": torch.ones(3, 3)}, points=3)
+
+
+def test_a_buffer_that_one_network_lacks_is_named():
+    first, second = Attending(), Attending()
+    second.register_buffer("order", torch.tensor([2, 0, 1]))
+    data = torch.randn(8, 3).double(), torch.randint(3, (8,))
+    for one, other in ((first, second), (second, first)):
+        with pytest.raises(ValueError, match=r"'order' \(torch\.int64\) differs"):
+            loss_line(one, data, F.cross_entropy, to=other)
+
+
+def test_buffers_that_are_only_stored_have_nothing_between_them():
+    data = torch.randn(8, 3).double(), torch.randint(3, (8,))
+    first, second = Attending(), Attending()
+    for network in (first, second):
+        network.register_buffer("scale", torch.ones(1).to(torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match=r"'scale' is torch\.float8_e4m3fn, which torch stores but does not"):
+        loss_line(first, data, F.cross_entropy, to=second)
+
+
 def test_statistics_are_estimated_anew_at_each_point():
     first, second = plain(0), plain(1)
     data = [tuple(part[:13] for part in batch()), tuple(part[13:] for part in batch())]
@@ -225,6 +286,34 @@ def test_statistics_are_estimated_anew_at_each_point():
             moved[1].running_mean.copy_((13 * means[0] + 7 * means[1]) / 20)
             moved[1].running_var.copy_((13 * variances[0] + 7 * variances[1]) / 20)
         assert value == pytest.approx(loss_at(moved), rel=1e-12)
+
+
+class Twice(nn.Module):
+    """One normalisation, called for two parts of each input, and another that is called once."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.once = nn.BatchNorm1d(2).double(), nn.BatchNorm1d(2).double()
+
+    def forward(self, inputs):
+        return self.once(self.twice(inputs[:, :2]) + self.twice(3 + 2 * inputs[:, 2:]))
+
+
+def test_a_normalisation_that_is_called_twice_has_the_statistics_of_both_calls():
+    inputs, targets = torch.randn(20, 4).double(), torch.zeros(20)
+    data = [(inputs[:12], targets[:12]), (inputs[12:], targets[12:])]
+    model, reference = working_copy(Twice()), Twice()
+    reestimate_statistics(model, Batches(data, model))
+    reference.twice.momentum = reference.once.momentum = None  # torch's own cumulative average
+    for start in range(0, 20, 4):  # in equal batches, whose means are those over the examples
+        reference(inputs[start : start + 4])
+    assert torch.allclose(model.twice.running_mean, reference.twice.running_mean)
+    parts = [part for given, _ in data for part in (given[:, :2], 3 + 2 * given[:, 2:])]
+    weights = (12, 12, 8, 8)
+    for statistic, found in ((torch.mean, model.twice.running_mean), (torch.var, model.twice.running_var)):
+        expected = sum(w * statistic(part, 0) for w, part in zip(weights, parts, strict=True)) / 40
+        assert torch.allclose(found, expected, rtol=1e-12)
+    assert not model.twice.training and not model.twice._forward_pre_hooks
 
 
 def test_reestimating_without_any_statistics_changes_nothing():

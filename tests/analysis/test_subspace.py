@@ -71,6 +71,16 @@ def test_frozen_weights_stay_out_and_patterns_choose():
         subspace(model.requires_grad_(False), masks)
 
 
+def test_complex_weights_that_training_moves_are_named():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, dtype=torch.complex64))
+    for given in (model, model[1:]):
+        with pytest.raises(ValueError, match=r"complex \('1\.bias', '1\.weight'\).*: freeze them.*where="):
+            subspace(given, {})
+    assert list(subspace(model, {}, where="0").parameters) == ["0.bias", "0.weight"]
+    model[1].requires_grad_(False)
+    assert list(subspace(model, {}).parameters) == ["0.bias", "0.weight"]
+
+
 def test_nothing_left_to_move():
     model = apply_masks(nn.Linear(3, 2, bias=False), {"weight": torch.zeros(2, 3, dtype=torch.bool)})
     with pytest.raises(ValueError, match="pruned"):
