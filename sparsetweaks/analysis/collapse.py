@@ -9,8 +9,8 @@ one positive term each, and a weight is on a path exactly if that sum depends on
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +19,13 @@ from torch.utils import _pytree as pytree
 
 from sparsetweaks.analysis.evaluation import call, table_text, undisturbed, working_copy
 from sparsetweaks.analysis.figures import COLORS, label, new_figure
+from sparsetweaks.analysis.left_out import about_left, left_out
 from sparsetweaks.analysis.paths import Passing
 from sparsetweaks.analysis.subspace import KEEP_ALL, check_zeros
-from sparsetweaks.calling import tensors
+from sparsetweaks.calling import map_tensors, tensors
 from sparsetweaks.forms import masked_places
 from sparsetweaks.masks import masks_by_parameter
-from sparsetweaks.prunable import select_weights
+from sparsetweaks.prunable import added_modules, select_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +41,9 @@ class LayerPaths:
         name: the weight's.
         weights: how many there are.
         kept: how many of them no mask removes.
-        on_path: how many of the kept lie on a path from an input to an output.
+        on_path: how many of the kept lie on a path from an input to an output. A bias, and whatever else is added rather
+            than multiplied (an embedding of positions, a token of a class), is a source of its own: it is on a path if
+            what it is added to reaches an output, whether or not anything of an input does.
         counted: whether the overall sparsity is of these weights too, as that of `sparsity(model)` is: prunable ones,
             and whatever has a mask; so not the classifier's.
     """
@@ -53,7 +56,7 @@ class LayerPaths:
 
     @property
     def collapsed(self) -> str:
-        """Why nothing passes through this layer: `"no weight is kept"`, `"no path"`, or empty if something does."""
+        """Why nothing passes through this layer, or comes from this bias: `"no weight is kept"`, `"no path"`, or empty."""
         if self.on_path:
             return ""
         return "no path" if self.kept else "no weight is kept"
@@ -69,11 +72,13 @@ class LayerPathsReport:
         opened: the operations on the way that are not known here, by name. All that enters one is taken to reach all that
             leaves it, so that no path is missed, and some may be counted that are none: the true `on_path` are at most
             as large, and the true effective sparsity is at least as large. What is collapsed is so in any case.
+        left: the weights of convolutions and linear layers that are not among `layers`, each with the reason.
     """
 
     layers: tuple[LayerPaths, ...]
     inputs: Mapping[str, bool]
     opened: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def connected(self) -> bool:
@@ -126,7 +131,7 @@ class LayerPathsReport:
                 f"\nnot known, and taken to let everything through: {', '.join(self.opened)}; "
                 "the effective sparsity is at least this, and more layers may have collapsed"
             )
-        return f"{head}\n{table_text(self.table())}"
+        return "\n".join([head, *about_left(self.left), table_text(self.table())])
 
     def plot(self) -> Figure:
         """For each layer, from input to output, the fractions kept and on a path, on a logarithmic scale."""
@@ -162,8 +167,8 @@ def layer_collapse(model: nn.Module, inputs: Any) -> LayerPathsReport:
             a mask a weight is kept whatever its value, and an `UnmaskedZerosWarning` tells of zeros: see
             `find_masks(model, zeros=True)`.
         inputs: what the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments, on its
-            device. Only shapes matter; one example is enough. Whole numbers go in as they are, and paths then start at
-            their embeddings.
+            device. Only shapes matter; one example is enough. Whole and complex numbers go in as they are; paths then
+            start at the rows of embeddings, any of which may be looked up.
 
     Returns:
         For each weight how many are kept, and how many of these are on a path for inputs of this shape (a tap of a
@@ -171,13 +176,14 @@ def layer_collapse(model: nn.Module, inputs: Any) -> LayerPathsReport:
         embedding layers, normalisations, what works number by number on one tensor (activations, powers), sums,
         differences, products, means, the largest of several, pooling, attention, and moving of values about. Any other
         operation is named in `opened` and taken to let everything through: no path is missed, and what is found to have
-        collapsed has. A forward that branches on values takes one branch; numbers that it reads out of tensors are no
-        path.
+        collapsed has. Masked biases, embeddings and weights of normalisations are judged too (see `LayerPaths.on_path`).
+        A forward that branches on values takes one branch, as if gradients were on; numbers that it reads out of tensors
+        are no path.
 
     Raises:
         ValueError: the model fails on the inputs, has no weights to follow, or puts out nothing that depends on them
-            other than through values; part of it is scripted, compiled or checkpointed, and cannot be followed; or the
-            number of paths overflows even so.
+            other than through values; the inputs are neither real numbers nor looked up in embeddings; part of the model
+            is scripted, compiled or checkpointed, and cannot be followed; or the number of paths overflows even so.
 
     Example:
         >>> import sparsetweaks as st
@@ -222,17 +228,18 @@ def _follow(model: nn.Module, inputs: Any) -> LayerPathsReport:
     masks = masks_by_parameter(network)
     check_zeros(network, masks, unless=KEEP_ALL)
     weights = _weights(network)
-    counted = {weight.parameter for weight in select_weights(network)} | set(masks)
+    left = left_out(network, weights.values())
     if not weights:
-        raise ValueError("the model has no weight of a convolution or linear layer to follow paths through")
+        text = "there is no weight of a convolution or linear layer to follow paths through"
+        raise ValueError("; ".join([text, *about_left(left)]))
+    of_tweaks = {parameter for module in added_modules(network) for parameter in module.parameters()}
+    counted = {weight.parameter for weight in select_weights(network)} | ({*masks} - of_tweaks)
     _count_paths_with(network)
     with undisturbed(network):
-        given = {name: _positive(value) for name, value in _named(inputs).items()}
-        starts = {name: value for name, value in given.items() if _starts_paths(value)}
-        passing = Passing(starts)
+        passing = Passing()
         try:
-            output = _run(network, passing, given, inputs)
-            sensitivity, reached = _derivatives(output, passing.starts, list(weights.values()))
+            output = _run(network, passing, inputs)
+            sensitivity, reached = _derivatives(output, passing, list(weights.values()))
         finally:
             passing.close()
     layers = []
@@ -243,14 +250,19 @@ def _follow(model: nn.Module, inputs: Any) -> LayerPathsReport:
             on_path &= mask
         kept = weight.numel() if mask is None else int(mask.sum())
         layers.append(LayerPaths(name, weight.numel(), kept, int(on_path.sum()), weight in counted))
-    return LayerPathsReport(tuple(layers), reached, tuple(passing.opened))
+    return LayerPathsReport(tuple(layers), reached, tuple(passing.opened), left)
 
 
 def _weights(network: nn.Module) -> dict[str, nn.Parameter]:
     """What is counted, by name: the weights of convolutions and linear layers, and whatever else has a mask."""
     layers = {w.parameter: w.name for w in select_weights(network, include=lambda name, module: True)}
     names = {place.parameter: place.name for place in masked_places(network)} | layers
-    return {names[p]: p for p in network.parameters() if p in names and p.numel() > 0}
+    return {names[p]: p for p in network.parameters() if p in names and p.numel() > 0 and _can_be_followed(p)}
+
+
+def _can_be_followed(value: Tensor) -> bool:
+    """Whether there are derivatives by it."""
+    return value.is_floating_point() or value.is_complex()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -261,7 +273,7 @@ def _count_paths_with(network: nn.Module) -> None:
     """Make every kept parameter 1 and every pruned one 0, in a copy of our own."""
     masks = masks_by_parameter(network)
     plain = {place.parameter for place in masked_places(network) if place.plain}
-    for parameter in network.parameters():
+    for parameter in filter(_can_be_followed, network.parameters()):
         parameter.requires_grad_(True)
         with torch.no_grad():
             parameter.fill_(1)
@@ -269,49 +281,31 @@ def _count_paths_with(network: nn.Module) -> None:
                 parameter.masked_fill_(~masks[parameter], 0)
 
 
-def _named(inputs: Any) -> dict[str, Any]:
-    if not any(isinstance(part, Tensor) for part in pytree.tree_leaves(inputs)):
+def _run(network: nn.Module, passing: Passing, inputs: Any) -> Tensor:
+    """The sum of everything the network puts out."""
+    if not any(True for _ in tensors(inputs)):
         raise ValueError(
             "inputs are what the model is called with: a tensor, a tuple of arguments or a mapping of them, "
             f"got a {type(inputs).__name__} without any tensor"
         )
-    if isinstance(inputs, Mapping):
-        return dict(inputs)
-    parts = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    return (
-        {f"input {number}": part for number, part in enumerate(parts)}
-        if len(parts) > 1
-        else {"the input": parts[0]}
-    )
-
-
-def _positive(value: Any) -> Any:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    if value.ndim == 0 or value.numel() == 0:
-        raise ValueError("the inputs hold no example")
-    return torch.ones_like(value, dtype=torch.float64).requires_grad_(True)
-
-
-def _starts_paths(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-def _run(network: nn.Module, passing: Passing, given: Mapping[str, Any], inputs: Any) -> Tensor:
-    """The sum of everything the network puts out."""
+    names = _names(inputs)
+    entering = map_tensors(lambda each: _entering(next(names), each, passing), inputs)
     try:
         with passing:
-            entered = {  # no leaf: a forward may work in place
-                name: value.clone() if name in passing.starts else value for name, value in given.items()
-            }
-            outputs = call(network, entered if isinstance(inputs, Mapping) else tuple(entered.values()))
+            outputs = call(network, entering)
     except (ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the model's own code raises
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(given))
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(inputs))
         raise ValueError(
             f"the model fails on inputs of shape {shapes}: {type(error).__name__}: {error}"
         ) from error
+    if not passing.starts:
+        kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors(inputs)}))
+        raise ValueError(
+            "paths start at real numbers that go in and at embeddings, but the inputs are "
+            f"{kinds}, and nothing is looked up in an embedding"
+        )
     parts = [
         leaf
         for leaf in pytree.tree_leaves(_plain(outputs))
@@ -324,6 +318,35 @@ def _run(network: nn.Module, passing: Passing, given: Mapping[str, Any], inputs:
         return torch.stack([part.sum() for part in real]).sum()
 
 
+def _names(inputs: Any) -> Iterator[str]:
+    """A name for each tensor among the inputs, in the order of `map_tensors`."""
+    if isinstance(inputs, Mapping):
+        named = {str(key): part for key, part in inputs.items()}
+    elif isinstance(inputs, (tuple, list)) and len(inputs) > 1:
+        named = {f"input {number}": part for number, part in enumerate(inputs)}
+    else:
+        named = {"the input": inputs[0] if isinstance(inputs, (tuple, list)) else inputs}
+    for name, part in named.items():
+        yield from _names_within(name, part)
+
+
+def _names_within(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, Tensor):
+        yield name
+    elif isinstance(value, (Mapping, tuple, list)):
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _names_within(f"{name}[{key!r}]", part)
+
+
+def _entering(name: str, value: Tensor, passing: Passing) -> Tensor:
+    """What goes in: real numbers as ones, from which paths start."""
+    if not value.is_floating_point():
+        return value.clone()
+    if value.ndim == 0 or value.numel() == 0:
+        raise ValueError("the inputs hold no example")
+    return passing.start(name, torch.ones_like(value, dtype=torch.float64).requires_grad_(True))
+
+
 def _plain(outputs: Any) -> Any:
     """Outputs of classes of their own (dataclasses, ordered mappings) as what they hold."""
     if isinstance(outputs, Mapping):
@@ -332,31 +355,33 @@ def _plain(outputs: Any) -> Any:
 
 
 def _derivatives(
-    output: Tensor, starts: Mapping[str, Tensor], weights: list[nn.Parameter]
+    output: Tensor, passing: Passing, weights: list[nn.Parameter]
 ) -> tuple[list[Tensor | None], dict[str, bool]]:
     """How the sum over all paths depends on each weight, and which inputs have paths."""
-    if not starts:
-        raise ValueError("the inputs hold no floating-point tensor, and nothing is looked up in an embedding")
     if not output.requires_grad:
         raise ValueError(
             "what the model puts out depends on nothing by any function of torch: numbers that a forward reads out of "
             "tensors (.item(), .tolist(), comparisons) are no path"
         )
-    by_input = _derivative(output, list(starts.values()), create_graph=True)
+    starts, sources = passing.starts, passing.sources
+    found = _derivative(output, [*starts.values(), *sources], create_graph=True)
+    by_input, by_source = found[: len(starts)], found[len(starts) :]
     reached = {name: part is not None and bool((part != 0).any()) for name, part in zip(starts, by_input)}
-    paths = [part.sum() for part in by_input if part is not None]
-    total = torch.stack(paths).sum() if paths else None
-    if total is None or not total.requires_grad:
+    paths = [part.sum() for part in by_input if part is not None and part.requires_grad]
+    begun = [(source, part.detach()) for source, part in zip(sources, by_source) if part is not None]
+    if not paths and not begun:
         return [None] * len(weights), reached
-    found = _derivative(total, weights)
-    if not all(each is None or bool(each.isfinite().all()) for each in found):
+    ends = [*paths, *(source for source, _ in begun)]
+    shares = [*map(torch.ones_like, paths), *(share for _, share in begun)]
+    sensitivity = _derivative(ends, weights, grad_outputs=shares)
+    if not all(each is None or bool(each.isfinite().all()) for each in sensitivity):
         raise ValueError(
             "there are more paths than double precision can count: look at a part of the network"
         )
-    return found, reached
+    return sensitivity, reached
 
 
-def _derivative(of: Tensor, by: list[Any], **options: Any) -> list[Tensor | None]:
+def _derivative(of: Any, by: list[Any], **options: Any) -> list[Tensor | None]:
     try:
         return list(torch.autograd.grad(of, by, allow_unused=True, **options))
     except RuntimeError as error:

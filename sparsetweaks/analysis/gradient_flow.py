@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from sparsetweaks.analysis.curvature import Curvature
 from sparsetweaks.analysis.evaluation import Batches, Data, Loss, table_text, undisturbed, working_copy
 from sparsetweaks.analysis.figures import COLORS, label, new_figure
-from sparsetweaks.analysis.subspace import KEEP_ALL, Where, check_zeros, subspace
+from sparsetweaks.analysis.left_out import about_left, left_out
+from sparsetweaks.analysis.subspace import KEEP_ALL, Where, check_zeros, is_chosen, subspace
 from sparsetweaks.masks import lift_masks
 from sparsetweaks.prunable import select_weights
 
@@ -50,12 +52,15 @@ class GradientFlow:
         order: of the norms, 1 or 2.
         loss: the mean loss.
         masked: whether the model has masks; without any, all its weights are kept.
+        left: the chosen weights of convolutions and linear layers that are not among `layers` (frozen ones, what
+            weight_norm computes), each with the reason.
     """
 
     layers: tuple[LayerGradient, ...]
     order: float
     loss: float
     masked: bool
+    left: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def effective(self) -> float:
@@ -91,7 +96,7 @@ class GradientFlow:
             f"gradient flow at loss {self.loss:.6g}{note}: effective {self.effective:.4g} (mean over layers), "
             f"total {self.total:.4g} over kept weights, {self.total_of_all:.4g} over all"
         )
-        return f"{head}\n{table_text(self.table())}"
+        return "\n".join([head, *about_left(self.left), table_text(self.table())])
 
     def plot(self) -> Figure:
         """The norm for each layer, from input to output, over the kept weights and over all."""
@@ -158,13 +163,13 @@ def gradient_flow(
         >>> gradient_flow(model, batch, lambda outputs, targets: outputs.mean()).effective
         5.0
     """
-    if order not in (1, 2):
-        raise ValueError(f"order must be 1 or 2, got {order}")
+    if isinstance(order, bool) or order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order!r}")
     network = working_copy(model, batch_norm=batch_norm, dtype=dtype)
     with undisturbed(network):
         masks = lift_masks(network)
         check_zeros(network, masks, unless=KEEP_ALL)
-        weights = _weights(network, masks, where)
+        weights, left = _weights(network, masks, where)
         batches = Batches(data, network, chunk_size=chunk_size)
         found = Curvature(network, list(weights.values()), batches, loss, keep_graph=False)
     layers = []
@@ -173,11 +178,13 @@ def gradient_flow(
         kept = gradient if mask is None else gradient[mask]
         norms = [float(torch.linalg.vector_norm(each.double(), order)) for each in (kept, gradient)]
         layers.append(LayerGradient(name, weight.numel(), kept.numel(), *norms))
-    return GradientFlow(tuple(layers), float(order), found.loss, bool(masks))
+    return GradientFlow(tuple(layers), float(order), found.loss, bool(masks), left)
 
 
-def _weights(network: nn.Module, masks: dict[nn.Parameter, Tensor], where: Where) -> dict[str, nn.Parameter]:
-    """The weights to look at by name, in the order of registration."""
+def _weights(
+    network: nn.Module, masks: dict[nn.Parameter, Tensor], where: Where
+) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+    """The weights to look at by name, in the order of registration; and why others are left out."""
     chosen = set(subspace(network, {}, over="all", where=where).parameters.values())
     everything = lambda name, module: True
     layers = {weight.parameter: weight.name for weight in select_weights(network, include=everything)}
@@ -187,6 +194,10 @@ def _weights(network: nn.Module, masks: dict[nn.Parameter, Tensor], where: Where
         for parameter in network.parameters()
         if parameter in chosen and (parameter in layers or parameter in masks)
     }
+    left = {
+        name: reason for name, reason in left_out(network, found.values()).items() if is_chosen(name, where)
+    }
     if not found:
-        raise ValueError("no trainable weight of a convolution or linear layer is chosen: see where=")
-    return found
+        text = "no trainable weight of a convolution or linear layer is chosen"
+        raise ValueError("; ".join([text if where is None else f"{text}: see where=", *about_left(left)]))
+    return found, left

@@ -161,13 +161,19 @@ def _select(parameters: dict[str, nn.Parameter], where: Where) -> dict[str, nn.P
         raise ValueError(f"where must be a glob pattern on names, a list of such, or None, got {where!r}")
     chosen = set()
     for pattern in patterns:
-        names = {name for name in parameters if any(fnmatchcase(part, pattern) for part in _around(name))}
+        names = {name for name in parameters if is_chosen(name, pattern)}
         if not names:
             raise ValueError(
                 f"where={pattern!r} matches no trainable parameter; close: {close_names(pattern, parameters)}"
             )
         chosen |= names
     return {name: parameter for name, parameter in parameters.items() if name in chosen}
+
+
+def is_chosen(name: str, where: Where) -> bool:
+    """Whether one of these patterns matches a weight's name, or that of a module around it."""
+    patterns = [where] if isinstance(where, str) else where
+    return patterns is None or any(fnmatchcase(part, each) for each in patterns for part in _around(name))
 
 
 def _around(name: str) -> list[str]:

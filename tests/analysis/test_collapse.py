@@ -235,6 +235,367 @@ def test_paths_start_at_embeddings_of_whole_numbers():
     assert on_path(report)["2.weight"] == 6 and report.inputs == {"embedding 0": True}
 
 
+def test_the_rows_of_a_masked_embedding_start_paths():
+    model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2, bias=False))
+    masks = {"0.weight": mask([1, 1], [0, 1], [0, 1]), "1.weight": mask([0, 1], [0, 1])}
+    report = layer_collapse(st.apply_masks(model, masks), torch.zeros(1, 4).long())
+    assert on_path(report) == {"0.weight": 3, "1.weight": 2}  # any row may be looked up
+    masks["0.weight"] = mask([1, 0], [0, 0], [1, 0])
+    report = layer_collapse(st.apply_masks(model, masks), torch.zeros(1, 4).long())
+    assert on_path(report) == {"0.weight": 0, "1.weight": 0} and not report.connected
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_are_embeddings(mode):
+    model = nn.Sequential(nn.EmbeddingBag(5, 2, mode=mode), nn.Linear(2, 1))
+    masked = st.apply_masks(model, {"0.weight": mask(*[[1, 0]] * 5)})
+    report = layer_collapse(masked, torch.zeros(2, 3).long())
+    assert report.inputs == {"embedding 0": True} and not report.opened
+    assert on_path(report) == {"0.weight": 5, "1.weight": 1}
+
+
+def test_weights_of_a_bag_are_inputs():
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag, self.head = nn.EmbeddingBag(5, 2, mode="sum"), nn.Linear(2, 1)
+
+        def forward(self, chosen, weights):
+            return self.head(self.bag(chosen, per_sample_weights=weights))
+
+    report = layer_collapse(Bag(), (torch.zeros(2, 3).long(), torch.ones(2, 3)))
+    assert report.inputs == {"input 1": True, "embedding 1": True} and report.connected
+    layer = nn.EmbeddingBag(5, 2, mode="sum")
+    given = {
+        "input": torch.zeros(4).long(),
+        "offsets": torch.tensor([0, 3]),
+        "per_sample_weights": torch.ones(4),
+    }
+    report = layer_collapse(st.apply_masks(layer, {"weight": mask(*[[1, 0]] * 5)}), given)
+    assert report.inputs == {"per_sample_weights": True, "embedding 1": True} and on_path(report) == {
+        "weight": 5
+    }
+
+
+def test_values_that_are_gathered_by_an_embedding_keep_their_paths():
+    class Gathering(nn.Linear):
+        def forward(self, x):
+            return F.embedding(torch.tensor([0]), super().forward(x))
+
+    report = layer_collapse(Gathering(2, 2), torch.zeros(3, 2))
+    assert report.inputs == {"the input": True} and on_path(report) == {"weight": 4}
+
+
+class Normalised(nn.Module):
+    """A convolution, a normalisation and a head."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 2, 1), norm, nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.head(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+NORMS = {
+    "batch": lambda: nn.BatchNorm2d(2),
+    "group": lambda: nn.GroupNorm(2, 2),
+    "instance": lambda: nn.InstanceNorm2d(2, affine=True, track_running_stats=True),
+    "layer": lambda: nn.LayerNorm([2, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_weight_of_a_normalisation_is_a_factor_on_the_path(norm):
+    model = Normalised(NORMS[norm]())
+    second = torch.tensor([True, False]).view_as(model.norm.weight)
+    masks = {"norm.weight": second, "norm.bias": second}
+    report = layer_collapse(st.apply_masks(model, masks), torch.zeros(1, 1, 1, 1))
+    assert on_path(report) == {"conv.weight": 1, "norm.weight": 1, "norm.bias": 1, "head.weight": 1}
+    assert report.connected and not report.collapsed
+
+
+def test_normalisations_of_torch_itself_and_by_root_mean_square():
+    class Functional(Normalised):
+        def forward(self, x):
+            norm = self.norm
+            x = torch.batch_norm(
+                self.conv(x),
+                norm.weight,
+                norm.bias,
+                norm.running_mean,
+                norm.running_var,
+                False,
+                0.1,
+                1e-5,
+                False,
+            )
+            return self.head(x.mean((2, 3)))
+
+    masks = {"norm.weight": torch.tensor([True, False])}
+    report = layer_collapse(st.apply_masks(Functional(nn.BatchNorm2d(2)), masks), torch.zeros(1, 1, 1, 1))
+    assert on_path(report) == {"conv.weight": 1, "norm.weight": 1, "head.weight": 1}
+    model = nn.Sequential(nn.Linear(1, 2), nn.RMSNorm(2), nn.Linear(2, 1))
+    report = layer_collapse(st.apply_masks(model, {"1.weight": mask(1, 0)}), torch.zeros(1, 1))
+    assert on_path(report) == {"0.weight": 1, "1.weight": 1, "2.weight": 1}
+
+
+def test_the_slopes_of_a_prelu_are_beside_the_path():
+    model = nn.Sequential(nn.Linear(1, 3), nn.PReLU(3), nn.Linear(3, 1))
+    masks = {"1.weight": mask(1, 0, 1), "2.weight": mask([1, 1, 0])}
+    report = layer_collapse(st.apply_masks(model, masks), torch.zeros(1, 1))
+    assert on_path(report) == {"0.weight": 2, "1.weight": 1, "2.weight": 2}
+
+
+@pytest.mark.parametrize("form", ["buffers", "torch", "parametrization"])
+def test_a_bias_is_on_a_path_if_it_reaches_an_output(form):
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+    masks = {
+        "0.bias": mask(1, 1, 0),
+        "2.weight": mask([1, 0, 1], [0, 0, 1]),
+        "2.bias": mask(0, 0),
+        "4.weight": mask([1, 0]),
+        "4.bias": mask(1),
+    }
+    masked = st.convert_masks(st.apply_masks(model, masks), to={"torch": "torch_prune"}.get(form, form))
+    assert on_path(layer_collapse(masked, torch.zeros(1, 2))) == {
+        "0.weight": 4, "0.bias": 1, "2.weight": 2, "2.bias": 0, "4.weight": 1, "4.bias": 1,
+    }  # fmt: skip
+    # with nothing entering, weights are on no path, and the biases after them are all the same
+    nothing = {"0.weight": mask([0, 0], [0, 0], [0, 0])}
+    report = layer_collapse(st.apply_masks(masked, nothing), torch.zeros(1, 2))
+    assert not report.connected and on_path(report) == {
+        "0.weight": 0, "0.bias": 1, "2.weight": 0, "2.bias": 0, "4.weight": 0, "4.bias": 1,
+    }  # fmt: skip
+
+
+def test_torch_prunes_weights_and_biases_at_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
+    )
+    for part in (model[1].weight, model[5].bias):
+        part.data.uniform_(0.1, 1)
+    parts = [(model[i], name) for i in (0, 1, 3, 5) for name in ("weight", "bias")]
+    torch_prune.global_unstructured(parts, pruning_method=torch_prune.L1Unstructured, amount=0.3)
+    report = layer_collapse(model, torch.zeros(2, 4))
+    found = on_path(report)
+    assert found["0.bias"] > 0 and found["1.weight"] > 0 and found["3.bias"] > 0 and found["5.bias"] > 0
+    assert report.sparsity == pytest.approx(st.sparsity(model).overall)
+
+
+ADDED = {
+    "sum": lambda x, token: x + token,
+    "in place": lambda x, token: x.add_(token),
+    "onto a copy": lambda x, token: (lambda y: (y.add_(x), y)[1])(token.clone()),
+    "product added": lambda x, token: torch.addmm(token, x, torch.eye(2)),
+    "side by side": lambda x, token: torch.cat([token, x]),
+    "stacked": lambda x, token: torch.stack([token, x]),
+    "written": lambda x, token: (lambda y: (y.__setitem__(0, token[0]), y)[1])(torch.cat([x, x])),
+    "written beneath": lambda x, token: (
+        lambda y: (y.__setitem__(slice(0, 1), token), y.__setitem__(slice(1, 2), x), y)[2]
+    )(torch.zeros(2, 2)),
+    "chosen": lambda x, token: torch.where(torch.tensor([[True, False]]), token, x),
+}
+
+
+class Tokened(nn.Module):
+    """What a parameter adds on the way, in one of several spellings; then a layer."""
+
+    def __init__(self, adding):
+        super().__init__()
+        self.first, self.token, self.adding = (
+            nn.Linear(2, 2, bias=False),
+            nn.Parameter(torch.ones(1, 2)),
+            adding,
+        )
+        self.head = nn.Linear(2, 1, bias=False)
+
+    def forward(self, x):
+        return self.head(self.adding(self.first(x), self.token))
+
+
+@pytest.mark.parametrize("spelling", ADDED)
+@pytest.mark.parametrize("dead", [False, True])
+def test_whatever_is_added_is_a_source(spelling, dead):
+    masks = {"token": mask([1, 1]), "head.weight": mask([1, 0])}
+    if dead:
+        masks["first.weight"] = mask([0, 0], [0, 0])
+    report = layer_collapse(st.apply_masks(Tokened(ADDED[spelling]), masks), torch.zeros(1, 2))
+    assert on_path(report) == {"token": 1, "first.weight": 0 if dead else 2, "head.weight": 0 if dead else 1}
+    assert report.connected is not dead
+
+
+def test_what_computes_a_weight_is_no_source():
+    class Lowered(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.a, self.b = nn.Parameter(torch.ones(2, 1)), nn.Parameter(torch.ones(1, 2))
+
+        def forward(self, x):
+            return F.linear(x, self.weight + self.a @ self.b, self.bias)
+
+    masks = {"0.weight": mask([0, 0], [0, 0]), "1.a": mask([1], [1]), "1.b": mask([1, 0])}
+    model = nn.Sequential(nn.Linear(2, 2), Lowered())
+    assert on_path(layer_collapse(st.apply_masks(model, masks), torch.zeros(1, 2))) == {
+        "0.weight": 0, "1.weight": 0, "1.a": 0, "1.b": 0,
+    }  # fmt: skip
+    del masks["0.weight"]
+    assert on_path(layer_collapse(st.apply_masks(model, masks), torch.zeros(1, 2))) == {
+        "0.weight": 4, "1.weight": 4, "1.a": 2, "1.b": 1,
+    }  # fmt: skip
+
+
+def test_the_biases_of_attention_and_of_recurrent_layers():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+            self.core, self.head = nn.GRU(4, 2), nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.head(self.core(self.attention(x, x, x)[0])[0])
+
+    masks = {
+        "attention.in_proj_bias": torch.tensor([True] * 8 + [True, False, True, True]),
+        "attention.bias_k": torch.ones(1, 1, 4).bool(),
+        "attention.bias_v": torch.tensor([[[True, False, True, True]]]),
+        "attention.out_proj.bias": mask(1, 1, 0, 1),
+        "core.bias_hh_l0": mask(1, 0, 1, 1, 1, 1),
+    }
+    report = layer_collapse(st.apply_masks(Attending(), masks), torch.zeros(3, 5, 4))
+    assert report.opened == ("gru",)
+    assert {name: on_path(report)[name] for name in masks} == {
+        name: int(m.sum()) for name, m in masks.items()
+    }
+
+
+def test_weights_of_what_a_tweak_added_are_not_counted():
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(16, 2)
+    )
+    model = st.inject_skips(model, where="0", shortcut="projection")
+    added = next(name for name, p in model.named_parameters() if p.shape == (4, 2, 1, 1))
+    masked = st.apply_masks(
+        model, {"0.weight": torch.rand(4, 2, 3, 3) < 0.5, added: torch.rand(4, 2, 1, 1) < 0.2}
+    )
+    assert layer_collapse(masked, torch.zeros(1, 2, 2, 2)).sparsity == pytest.approx(
+        st.sparsity(masked).overall
+    )
+
+
+class Frozen(nn.Module):
+    """A backbone that is run without gradients, and a head."""
+
+    def __init__(self, without, function=torch.relu):
+        super().__init__()
+        self.backbone, self.head = nn.Linear(2, 3), nn.Linear(3, 1)
+        self.without, self.function = without, function
+
+    def forward(self, x):
+        with self.without():
+            x = self.function(self.backbone(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "without", [torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)]
+)
+def test_values_flow_without_gradients_too(without):
+    report = layer_collapse(Frozen(without), torch.zeros(1, 2))
+    assert report.connected and on_path(report) == {"backbone.weight": 6, "head.weight": 3}
+
+
+def test_a_parameter_that_a_forward_writes_to():
+    class Clipped(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.clamp_(-1, 1)
+                self.weight.mul_(2)
+                self.weight[0].add_(1)
+            return super().forward(x)
+
+    assert on_path(layer_collapse(Clipped(2, 2), torch.zeros(1, 2))) == {"weight": 4}
+
+
+def test_parameters_of_whole_numbers_stay_as_they_are():
+    class Indexed(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.order = nn.Parameter(torch.tensor([1, 0], dtype=torch.int8), requires_grad=False)
+
+        def forward(self, x):
+            return super().forward(x[:, self.order.long()])
+
+    assert on_path(layer_collapse(Indexed(), torch.zeros(1, 2))) == {"weight": 4}
+
+
+def test_inputs_within_lists_and_mappings():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
+
+        def forward(self, parts, scales=None):
+            both = parts.values() if isinstance(parts, dict) else parts
+            total = sum(layer(part) for layer, part in zip(self.layers, both, strict=True))
+            return total if scales is None else total * scales["scale"]
+
+    model = st.apply_masks(Nested(), {"layers.1.weight": mask([0, 0])})
+    x = torch.zeros(1, 2)
+    assert layer_collapse(model, ([x, x],)).inputs == {"the input[0]": True, "the input[1]": False}
+    report = layer_collapse(model, ({"a": x, "b": x}, {"scale": torch.ones(1)}))
+    assert report.inputs == {"input 0['a']": True, "input 0['b']": False, "input 1['scale']": True}
+    assert layer_collapse(model, {"parts": (x, x)}).inputs == {"parts[0]": True, "parts[1]": False}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*weight_norm.*:FutureWarning", "ignore:Initializing zero-element tensors"
+)
+def test_what_is_left_out_is_named():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.look, self.head = nn.Embedding(3, 2), nn.Linear(2, 3)
+            self.head.weight = self.look.weight
+
+        def forward(self, x):
+            return self.head(self.look(x))
+
+    norm, spectral = nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm
+    model = nn.Sequential(nn.Linear(2, 2), norm(nn.Linear(2, 2)), nn.utils.weight_norm(nn.Linear(2, 2)))
+    model.extend([spectral(nn.Linear(2, 2)), nn.Linear(2, 0)])
+    report = layer_collapse(model, torch.zeros(1, 2))
+    assert list(on_path(report)) == ["0.weight"] and "weight_norm" not in str(report.opened)
+    assert list(report.left) == ["1.weight", "2.weight", "3.weight", "4.weight"]
+    assert "left out (no parameter, but computed: weight_norm, spectral_norm, ...): '1.weight', '2.w" in str(
+        report
+    )
+    assert "left out (empty): '4.weight'" in str(report)
+    assert not layer_collapse(nn.Linear(2, 2), torch.zeros(1, 2)).left
+    for nothing, inputs, message in (
+        (
+            nn.Sequential(norm(nn.Linear(2, 2))),
+            torch.zeros(1, 2),
+            r"left out \(no parameter, but computed.*'0.weight'",
+        ),
+        (nn.Linear(3, 0), torch.zeros(1, 3), r"left out \(empty\): 'weight'"),
+        (Tied(), torch.zeros(1, 2).long(), r"left out \(tied to an embedding\): 'head.weight'"),
+    ):
+        with pytest.raises(ValueError, match=f"no weight .* to follow paths through; {message}"):
+            layer_collapse(nothing, inputs)
+    masked = st.apply_masks(Tied(), {"look.weight": mask([1, 1], [1, 0], [0, 0])})
+    report = layer_collapse(masked, torch.zeros(1, 2).long())
+    assert on_path(report) == {"look.weight": 3} and not report.left
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_mask_beneath_weight_norm_is_followed():
+    model = nn.Sequential(nn.Linear(1, 2), nn.utils.weight_norm(nn.Linear(2, 1)))
+    report = layer_collapse(st.apply_masks(model, {"1.weight_v": mask([1, 0])}), torch.zeros(1, 1))
+    assert [layer.on_path for layer in report.layers] == [1, 1] and not report.opened
+
+
 def test_depth_neither_overflows_nor_vanishes():
     generator = torch.Generator().manual_seed(0)
     layers = [m for _ in range(400) for m in (nn.Linear(32, 32), nn.ReLU())]
@@ -279,6 +640,17 @@ def test_the_model_is_only_read_and_the_result_can_be_looked_at():
     assert figure.axes[0].get_yscale() == "log" and "%" in figure.axes[0].get_ylabel()
 
 
+class Masked(nn.Module):
+    """Attention with a mask that is learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.mask = nn.MultiheadAttention(4, 2), nn.Parameter(torch.zeros(3, 3))
+
+    def forward(self, x):
+        return self.attention(x, x, x, attn_mask=self.mask)[0]
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"fails on inputs of shape \(1, 3\)"):
         layer_collapse(nn.Linear(2, 2), torch.zeros(1, 3))
@@ -286,6 +658,12 @@ def test_mistakes_are_named():
         layer_collapse(nn.ReLU(), torch.zeros(1, 3))
     with pytest.raises(ValueError, match="hold no example"):
         layer_collapse(nn.Linear(2, 2), torch.zeros(0, 2))
+    with pytest.raises(
+        ValueError, match="the inputs are complex64, and nothing is looked up in an embedding"
+    ):
+        layer_collapse(nn.Linear(2, 2, dtype=torch.complex64), torch.zeros(1, 2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="learned or computed"):
+        layer_collapse(Masked(), torch.zeros(3, 4))
     broken = nn.Linear(2, 2)
     nn.init.constant_(broken.weight, float("nan"))
     with pytest.raises(ValueError, match="not finite"):

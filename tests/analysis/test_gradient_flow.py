@@ -83,6 +83,23 @@ def test_where_and_models_without_masks():
         gradient_flow(network(), (INPUTS, TARGETS), F.cross_entropy, where="3")
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_what_is_left_out_is_named():
+    model = network()
+    model[0].weight.requires_grad_(False)
+    nn.utils.weight_norm(model[2])
+    found = gradient_flow(model, (INPUTS, TARGETS), F.cross_entropy)
+    computed = "no parameter, but computed: weight_norm, spectral_norm, ..."
+    assert found.left == {"0.weight": "frozen", "2.weight": computed}
+    assert f"left out (frozen): '0.weight'\nleft out ({computed}): '2.weight'\n" in str(found)
+    chosen = gradient_flow(model, (INPUTS, TARGETS), F.cross_entropy, where=["2", "4"])
+    assert list(chosen.left) == ["2.weight"] and [layer.name for layer in chosen.layers] == ["4.weight"]
+    assert not gradient_flow(network(), (INPUTS, TARGETS), F.cross_entropy, where="4").left
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))).double()
+    with pytest.raises(ValueError, match=r"is chosen; left out \(no parameter, but computed: .*'0.weight'"):
+        gradient_flow(model, (INPUTS, TARGETS), F.cross_entropy)
+
+
 def test_the_model_is_only_read_and_the_figure_has_units():
     model = st.apply_masks(network(), MASKS).train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -97,6 +114,8 @@ def test_mistakes_are_named():
         gradient_flow(network(), (INPUTS, TARGETS), lambda o, t: F.cross_entropy(o, t, reduction="none"))
     with pytest.raises(ValueError, match="order must be 1 or 2"):
         gradient_flow(network(), (INPUTS, TARGETS), F.cross_entropy, order=3)
+    with pytest.raises(ValueError, match="order must be 1 or 2, got True"):
+        gradient_flow(network(), (INPUTS, TARGETS), F.cross_entropy, order=True)
     with pytest.raises(ValueError, match="no batch"):
         gradient_flow(network(), [], F.cross_entropy)
     with pytest.raises(ValueError, match="fails on these inputs"):

@@ -184,6 +184,36 @@ def test_weights_inside_what_is_not_known_are_on_paths():
     assert found.opened == ("lstm",) and found.layers[0].on_path == 12
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.enable_grad])
+def test_functions_of_ones_own_are_opened_without_gradients_too(without):
+    def function(x):
+        with without():
+            return Twice.apply(x)
+
+    assert paths(function) == paths(Twice.apply)
+
+
+def test_a_learned_mask_of_attention_is_a_source():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.bias = nn.Linear(2, 2), nn.Parameter(torch.zeros(3, 3))
+
+        def forward(self, x):
+            y = self.layer(x)
+            return F.scaled_dot_product_attention(y, y, y, attn_mask=self.bias)
+
+    found = layer_collapse(st.apply_masks(Attending(), {"bias": torch.eye(3).bool()}), torch.zeros(1, 3, 2))
+    assert {layer.name: layer.on_path for layer in found.layers} == {"layer.weight": 4, "bias": 3}
+
+
+def test_depth_hides_no_path_beside_biases():
+    layers = [each for _ in range(1500) for each in (nn.Linear(2, 2), nn.LayerNorm(2))]
+    masks = {"0.bias": torch.tensor([True, False])}
+    found = layer_collapse(st.apply_masks(nn.Sequential(*layers), masks), torch.zeros(1, 2))
+    assert [layer.on_path for layer in found.layers] == [4, 1] + [4] * 1499
+
+
 def test_the_report_says_what_was_opened_and_to_which_side_it_errs():
     found = layer_collapse(Network(lambda x: torch.fft.fft(x).real), torch.zeros(1, 2))
     assert found.opened == ("fft_fft",)
