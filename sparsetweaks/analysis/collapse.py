@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from sparsetweaks.analysis.evaluation import call, table_text, undisturbed, working_copy
 from sparsetweaks.analysis.figures import COLORS, label, new_figure
 from sparsetweaks.analysis.left_out import about_left, left_out
-from sparsetweaks.analysis.paths import Passing
+from sparsetweaks.analysis.paths import Passing, in_double
 from sparsetweaks.analysis.subspace import KEEP_ALL, check_zeros
 from sparsetweaks.calling import map_tensors, tensors
 from sparsetweaks.forms import masked_places
@@ -341,7 +341,7 @@ def _names_within(name: str, value: Any) -> Iterator[str]:
 def _entering(name: str, value: Tensor, passing: Passing) -> Tensor:
     """What goes in: real numbers as ones, from which paths start."""
     if not value.is_floating_point():
-        return value.clone()
+        return in_double(value.clone())
     if value.ndim == 0 or value.numel() == 0:
         raise ValueError("the inputs hold no example")
     return passing.start(name, torch.ones_like(value, dtype=torch.float64).requires_grad_(True))

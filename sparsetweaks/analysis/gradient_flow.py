@@ -13,7 +13,7 @@ from sparsetweaks.analysis.curvature import Curvature
 from sparsetweaks.analysis.evaluation import Batches, Data, Loss, table_text, undisturbed, working_copy
 from sparsetweaks.analysis.figures import COLORS, label, new_figure
 from sparsetweaks.analysis.left_out import about_left, left_out
-from sparsetweaks.analysis.subspace import KEEP_ALL, Where, check_zeros, is_chosen, subspace
+from sparsetweaks.analysis.subspace import KEEP_ALL, Where, check_zeros, is_chosen, named_weights, subspace
 from sparsetweaks.masks import lift_masks
 from sparsetweaks.prunable import select_weights
 
@@ -188,7 +188,7 @@ def _weights(
     chosen = set(subspace(network, {}, over="all", where=where).parameters.values())
     everything = lambda name, module: True
     layers = {weight.parameter: weight.name for weight in select_weights(network, include=everything)}
-    names = {parameter: name for name, parameter in subspace(network, {}, over="all").parameters.items()}
+    names = {parameter: name for name, parameter in named_weights(network).items()}
     found = {
         layers.get(parameter, names[parameter]): parameter
         for parameter in network.parameters()

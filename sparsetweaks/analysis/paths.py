@@ -72,7 +72,7 @@ class Passing(TorchFunctionMode):
             result = self._computed(name, func, args, kwargs)
         if name == "__iter__":
             result = list(result)
-        result = _mapped(_in_double, result)
+        result = _mapped(in_double, result)
         for each in _tensors((args, result)):  # an argument may have been written to
             if each.requires_grad:
                 self._stand_ins.setdefault(each, None)
@@ -214,10 +214,11 @@ def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
     return pytree.tree_map(function, value, is_leaf=lambda each: isinstance(each, torch.Size))
 
 
-def _in_double(value: Any) -> Any:
+def in_double(value: Any) -> Any:
     """Everything is computed in double precision, also what a forward makes anew or casts."""
-    single = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-    return value.double() if single else value
+    if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+        return value.to(torch.complex128 if value.is_complex() else torch.float64)
+    return value
 
 
 def _tensors(value: Any) -> list[Tensor]:
