@@ -46,9 +46,22 @@ def cross_entropy(output: Any, targets: Any) -> Tensor:
     return nn.functional.cross_entropy(output, targets)
 
 
-def is_pair(batch: Any) -> bool:
-    """Whether this is one (inputs, targets) pair, and not an iterable of them."""
-    return isinstance(batch, (tuple, list)) and len(batch) == 2 and not isinstance(batch[1], (tuple, list))
+def is_pair(data: Any) -> bool:
+    """Whether this is one batch (inputs, targets) rather than a sequence of them.
+
+    It is if either part can be no batch: `(inputs, (classes, boxes))` is one. Tuples and lists in a list are batches.
+    """
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        return False
+    if not all(isinstance(part, (tuple, list)) for part in data):
+        return True
+    return isinstance(data, tuple) and any(len(part) != 2 for part in data)
+
+
+AMBIGUOUS = (
+    "is a tuple of two, and may be one pair (inputs, targets) or two of them: write [(inputs, targets)] for the one, "
+    "[(inputs, targets), (inputs, targets)] for the other"
+)
 
 
 def check_iterable(batch: Any) -> None:
@@ -57,6 +70,8 @@ def check_iterable(batch: Any) -> None:
         raise SurgeryError(
             f"batch must be (inputs, targets) or an iterable of them, got a {type(batch).__name__}"
         )
+    if isinstance(batch, tuple) and len(batch) == 2 and not is_pair(batch):
+        raise SurgeryError(f"batch {AMBIGUOUS}")
 
 
 def check_pair(pair: Any, device: torch.device | None) -> Pair:

@@ -525,3 +525,9 @@ def test_uniform_densities_are_the_same_in_every_layer() -> None:
     )
     for mask in masks.values():
         assert int(mask.sum()) == mask.numel() - round(0.9 * mask.numel())
+
+
+def test_two_pairs_in_a_tuple_are_ambiguous() -> None:
+    model, pair = convolutional(), batch_of()
+    with pytest.raises(SurgeryError, match=r"batch is a tuple of two, and may be one pair"):
+        prune(model, 0.5, method="snip", batch=(pair, pair))

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from sparsetweaks.analysis.options import DTYPES, check_choice, check_dtype, check_whole
 from sparsetweaks.calling import map_tensors, tensors
 from sparsetweaks.copying import check_model, copy_model
+from sparsetweaks.probing import AMBIGUOUS, is_pair
 from sparsetweaks.prunable import check_dense
 
 Batch = tuple[Any, Any]
@@ -159,10 +160,7 @@ class Batches:
                 f"data is a {type(data).__name__}, which can be gone through only once: pass a list or a DataLoader"
             )
         if isinstance(data, tuple) and len(data) == 2 and not is_pair(data):
-            raise ValueError(
-                "data is a tuple of two, and may be one pair (inputs, targets) or two of them: write [(inputs, targets)] "
-                "for the one, [(inputs, targets), (inputs, targets)] for the other"
-            )
+            raise ValueError(f"data {AMBIGUOUS}")
         self.chunk_size = chunk_size
         self.single = is_pair(data)
         self._data: Iterable[Any] = [data] if self.single else data
@@ -232,18 +230,6 @@ def _generators(data: Any) -> Iterator[torch.Generator]:
             yield generator
         inner = [getattr(owner, name, None) for name in ("batch_sampler", "sampler")]
         owners += [each for each in inner if each is not None and not any(each is known for known in owners)]
-
-
-def is_pair(data: Any) -> bool:
-    """Whether this is one batch (inputs, targets) rather than a sequence of them.
-
-    It is if either part can be no batch: `(inputs, (classes, boxes))` is one. Tuples and lists in a list are batches.
-    """
-    if not isinstance(data, (tuple, list)) or len(data) != 2:
-        return False
-    if not all(isinstance(part, (tuple, list)) for part in data):
-        return True
-    return isinstance(data, tuple) and any(len(part) != 2 for part in data)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
