@@ -157,7 +157,16 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[Row]:
         note = f"{1e6 * min(taken) / CALLS:.0f} us at best, of a step of {1e3 * plain:.0f} ms"
         yield paired.spread(what, f"share of a step, {who}", shares, note=note)
         if who == "keep_masks":  # the target is of every repeat
-            yield Row(what, f"highest share of a step, {who}", max(shares), n=len(shares), target=OF_A_STEP)
+            size = sum(mask.numel() for mask in find_masks(model).values()) * 3 * 4 / 1e6
+            passes = f"weights, gradients and momentum, {size:.0f} MB, are read and written once in a step"
+            yield Row(
+                what,
+                f"highest share of a step, {who}",
+                max(shares),
+                n=len(shares),
+                target=OF_A_STEP,
+                note=passes,
+            )
     for peer in ("nn.utils.prune", "ToST"):
         yield paired.spread(what, f"time, keep_masks / {peer}", paired.ratios(times, "keep_masks", peer))
     for who, note in (("keep_masks", THREE_TENSORS), ("weights alone", "what open_lth holds")):
