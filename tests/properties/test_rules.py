@@ -1,4 +1,4 @@
-"""A thousand random networks through every surgery, in every order, held against the ground rules.
+"""A thousand random networks through every surgery, in every order, held against the ground rules; half by `make test`.
 
 `python tests/properties/fuzz.py` does it with 20,000 and counts what they contained. A failure prints the simplest
 case that fails and the command that runs it again.
@@ -18,9 +18,10 @@ from sparsetweaks import SurgeryError, swap_activations
 from sparsetweaks.testing import FORMS, HAZARDS, BlockSpec, Spec
 
 PIECES, MODELS = 8, 125
+SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in range(PIECES // 2, PIECES)]
 
 
-@pytest.mark.parametrize("number", range(PIECES))
+@pytest.mark.parametrize("number", [*range(PIECES // 2), *SLOW])
 def test_the_ground_rules_hold_for_random_networks(number):
     piece = fuzz.draw_piece(number, MODELS)
     assert piece["failures"] == []
