@@ -37,7 +37,7 @@ FLOORS = (
     ["recipe.layer_scales", "cost", "budgets"],
     ["verifying"],
     ["tweaks"],
-    ["analysis.shown", "analysis.options", "analysis.pointwise"],
+    ["analysis.shown", "analysis.options", "analysis.pointwise", "analysis.stand_ins"],
     [
         "analysis.evaluation",
         "analysis.figures",

@@ -233,9 +233,6 @@ def _look(
     check_values(model)
     if _BY_MASKS & {*wanted}:
         check_zeros(model, masks_by_parameter(model), unless=KEEP_ALL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnmaskedZerosWarning)  # it is counted right either way
-        report = sparsity(model)
     found: dict[str, Any] = {}
     example = _one_example(model, data)  # what is wrong with the data is no single analysis's
     analyses: dict[str, Callable[[], Any]] = {
@@ -245,12 +242,12 @@ def _look(
         "calibration": lambda: calibration(model, data, **options),
         "flatness": lambda: flatness(model, data, loss, **options),
     }
-    for name, analyse in analyses.items():
-        if name in wanted:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnmaskedZerosWarning)  # told above, once, where it matters
+        report = sparsity(model)
+        for name in filter({*wanted}.__contains__, analyses):
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", UnmaskedZerosWarning)  # told above, once
-                    found[name] = analyse()
+                found[name] = analyses[name]()
             except ValueError as error:
                 others = tuple(each for each in wanted if each != name)
                 hint = f" (by {name!r}, which analyses={others} leaves out)" if others else ""

@@ -24,7 +24,6 @@ from sparsetweaks.analysis.evaluation import (
     check_loss,
     check_numbers,
     chunk_loss,
-    is_pair,
     mean_loss,
     reestimate_statistics,
     table_text,
@@ -47,6 +46,7 @@ from sparsetweaks.analysis.options import (
 from sparsetweaks.analysis.subspace import Where, check_zeros, named_weights, new_seed, subspace
 from sparsetweaks.forms import masked_places
 from sparsetweaks.masks import lift_masks
+from sparsetweaks.probing import is_pair
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -74,7 +74,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
             file.seek(0)
             content = file.read()
             whole = content[: content.rfind(b"\n") + 1]
-            held = whole[: whole.find(b"\n")].decode().split(",")
+            held = whole[: whole.find(b"\n")].decode(errors="replace").split(",")
             row = {
                 name: value for name, value in row.items() if name not in LATER or not whole or name in held
             }

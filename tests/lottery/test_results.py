@@ -70,6 +70,9 @@ def test_rows_of_other_columns_are_not_mixed_in(tmp_path: Path) -> None:
     append_row(tmp_path / "rows.csv", {"run": 1, "test": 0.5})
     with pytest.raises(LotteryError, match="has other columns than these results"):
         append_row(tmp_path / "rows.csv", {"run": 1, "accuracy": 0.5})
+    (tmp_path / "rows.csv").write_bytes(b"\xff\xfe\x00\n")
+    with pytest.raises(LotteryError, match="has other columns than these results"):
+        append_row(tmp_path / "rows.csv", {"run": 1, "test": 0.5})
 
 
 def test_a_file_of_an_earlier_version_goes_on_without_the_later_columns(tmp_path: Path) -> None:
