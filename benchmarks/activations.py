@@ -1,4 +1,4 @@
-"""What tweaks cost in time: steps of ResNet-20 with Swish, its ghost and Mish, and inference with AT, against ReLU alone.
+"""What tweaks cost in time: steps of ResNet-20 with Swish, its ghost, Mish and AT, and inference with AT, against ReLU.
 
     python benchmarks/activations.py
 
@@ -43,10 +43,12 @@ VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def step_of(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
-    model = model.to(memory_format=torch.channels_last).train()
+def step_of(
+    model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format = torch.channels_last
+) -> Callable[[], None]:
+    model = st.copy_model(model).to(memory_format=memory_format).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    images = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
+    images = torch.randn(BATCH, 3, 32, 32).to(memory_format=memory_format)
     labels = torch.randint(10, (BATCH,))
 
     def step() -> None:
@@ -87,8 +89,26 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[Row]:
         yield paired.spread(f"a step of ResNet-20 in {name}", f"time, {variant} / relu", found)
 
 
+def formats(options: argparse.Namespace) -> Iterator[Row]:
+    """Why the lottery trains networks with skips with the channels first: a skip's gradients are so."""
+    torch.manual_seed(0)
+    plain = st.prune(build(Network("resnet20"), channels=3, classes=10, seed=0), SPARSITY)
+    tweaked = st.swap_activations(st.inject_skips(plain), "swish")
+    orders = {"last": torch.channels_last, "first": torch.contiguous_format}
+    runs = {
+        f"{name}, channels {order}": step_of(model, torch.float32, memory_format)
+        for name, model in (("relu", plain), ("AT", tweaked))
+        for order, memory_format in orders.items()
+    }
+    times = paired.interleaved(runs, options.repeats, warm_up=2)
+    for name in list(runs)[1:]:
+        found = paired.ratios(times, name, "relu, channels last")
+        yield paired.spread("a step of ResNet-20 in float32", f"time, {name} / relu, channels last", found)
+
+
 CASES = {
     **{name: functools.partial(measure, name) for name in DTYPES},
+    "memory format": formats,
     **{f"inference, {name}": functools.partial(inference, name) for name in ("resnet20", "vgg16")},
 }
 

@@ -165,7 +165,7 @@ def test_hooks_of_the_children_live_on():
 
 
 def test_timms_networks_fold_whole():
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason="timm comes with the extra zoo")
     model = timm.create_model("test_efficientnet", num_classes=3).eval()
     images = torch.randn(2, 3, 32, 32)
     folded = st.fold(model, inputs=images)
