@@ -21,7 +21,7 @@ def main() -> None:
     try:
         sys.exit(_run())
     except KeyboardInterrupt:
-        _leave(INTERRUPTED, "interrupted: all that was finished is kept; the same command goes on from there")
+        _interrupted()
 
 
 def _run() -> int:
@@ -37,7 +37,20 @@ def _run() -> int:
         error.show()
         return error.exit_code
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if _came_of_an_interrupt(error):
+            _interrupted()
         _leave(FAILED, " ".join(str(error).split()))
+
+
+def _came_of_an_interrupt(error: BaseException | None) -> bool:
+    """Whether it was raised while an interrupt went through, as by a lock that was not yet held (tqdm's is one)."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
+def _interrupted() -> NoReturn:
+    _leave(INTERRUPTED, "interrupted: all that was finished is kept; the same command goes on from there")
 
 
 def _leave(code: int, message: str) -> NoReturn:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -485,6 +486,21 @@ def test_an_interrupted_drawing_loses_nothing_and_goes_on(tmp_path: Path) -> Non
     assert len(again.stdout.split()) == 4
     assert first.stat().st_mtime_ns == drawn[first]  # the finished level was not trained again
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_an_error_that_an_interrupt_brought_about_is_an_interrupt(monkeypatch, capsys) -> None:
+    """As in a library that releases, in `finally`, the lock that the interrupt kept it from acquiring."""
+    lock = threading.RLock()
+
+    def interrupted(**_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            lock.release()
+
+    monkeypatch.setattr("sparsetweaks.lottery.commands.commands", interrupted)
+    assert run(monkeypatch, "demo") == 130
+    assert one_line(capsys.readouterr().err).startswith("sparsetweaks: interrupted: ")
 
 
 def test_an_interrupted_demo_ends_its_processes(tmp_path: Path) -> None:
