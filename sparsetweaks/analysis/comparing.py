@@ -18,6 +18,7 @@ from sparsetweaks.analysis.evaluation import Batches, Data, Loss, check_values, 
 from sparsetweaks.analysis.figures import COLORS, new_figure
 from sparsetweaks.analysis.flatness import Flatness, flatness
 from sparsetweaks.analysis.gradient_flow import GradientFlow, gradient_flow
+from sparsetweaks.analysis.left_out import about_left
 from sparsetweaks.analysis.options import Progress, check_progress
 from sparsetweaks.analysis.subspace import KEEP_ALL, check_zeros
 from sparsetweaks.copying import check_model
@@ -103,8 +104,11 @@ class Comparison:
         return "\n".join([table_text(lines), *self._notes()])
 
     def _notes(self) -> Iterable[str]:
-        """Where a number is a bound only."""
+        """Where a number is a bound only, and which layers it leaves out."""
         for name, looked in self.networks.items():
+            analyses = [found for found in (looked.paths, looked.gradient) if found is not None]
+            left = {layer: why for found in analyses for layer, why in found.left.items()}
+            yield from (f"{name!r}: {line}" for line in about_left(left))
             if looked.paths is not None and looked.paths.opened:
                 operations = ", ".join(looked.paths.opened)
                 yield f"effective_sparsity of {name!r} is at least this: what passes {operations} is not known"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,3 +125,13 @@ def test_an_analysis_that_does_not_fit_is_named_with_how_to_leave_it_out():
     assert compare({"one": regression}, batch, F.mse_loss, analyses=("paths", "activations", "gradient"))
     with pytest.raises(ValueError, match=r"only once: pass a list or a DataLoader$"):  # no analysis's fault
         compare({"one": regression}, iter([batch]), F.mse_loss)
+
+
+def test_what_an_analysis_leaves_out_is_said_of_its_network():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    frozen = copy.deepcopy(model)
+    frozen[0].weight.requires_grad_(False)
+    batch = torch.randn(16, 4), torch.randint(2, (16,))
+    text = str(compare({"all": model, "half": frozen}, batch, F.cross_entropy))
+    assert "'half': left out (frozen): '0.weight'" in text
+    assert "'all': left out" not in text
