@@ -214,7 +214,13 @@ class SynFlow:
                 )
             gradients = _differentiate_within(flow, list(self.weights.values()))
         named = zip(self.weights.items(), gradients, strict=True)
-        return {name: (weight.detach() * gradient).abs() for (name, weight), gradient in named}
+        scores = {name: (weight.detach() * gradient).abs() for (name, weight), gradient in named}
+        if not any(score.any() for score in scores.values()):
+            raise SurgeryError(
+                "no weight has any synaptic flow, so nothing tells them apart: does a layer hold zeros only, or the model "
+                "return no tensor that its weights lead to?"
+            )
+        return scores
 
 
 class _Probe:
@@ -248,6 +254,10 @@ class _Probe:
             raise SurgeryError("loss must return a scalar tensor, the mean over the samples")
         if not math.isfinite(value.item()):
             raise SurgeryError(f"the loss is {value.item()}: are inputs and weights finite?")
+        if not value.requires_grad:
+            raise SurgeryError(
+                "the loss does not depend on the weights: is something between them detached, or under no_grad?"
+            )
         return value
 
 
@@ -273,9 +283,13 @@ def _checked(batch: _Batches, device: torch.device | None) -> Iterator[Pair]:
 
 
 def _samples(pair: Pair) -> int:
-    """How many samples a pair holds: the first dimension of its targets, or of its inputs where those are none."""
-    sized = [tensor for part in reversed(pair) for tensor in tensors(part) if tensor.ndim > 0]
-    return len(sized[0]) if sized else 1
+    """How many samples a pair holds: a list's length, or the first dimension of its inputs (of its targets without)."""
+    for part in pair:
+        if isinstance(part, list) and part:
+            return len(part)  # of images of several sizes, say
+        if sized := [tensor for tensor in tensors(part) if tensor.ndim > 0]:
+            return len(sized[0])
+    return 1
 
 
 def _differentiate(value: Tensor, by: list[nn.Parameter], *, graph: bool = False) -> list[Tensor]:

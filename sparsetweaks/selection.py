@@ -35,11 +35,11 @@ def keep_highest_globally(
     """Keep the `kept` highest scores of all layers together, among what the masks keep.
 
     Args:
-        scores: a tensor per weight, of any floating dtype and on any device; higher is better. They are compared by
-            value, also where their precisions differ.
+        scores: a tensor per weight, of any floating dtype (with `absolute` also complex) and on any device; higher is
+            better. They are compared by value, also where their precisions differ.
         masks: a bool mask per weight, True = kept so far, on the device where the new mask is wanted.
         kept: how many to keep, no more than are kept so far.
-        absolute: rank by absolute value, without a copy of the scores.
+        absolute: rank by absolute value, without a copy of the scores unless they are complex.
 
     Returns:
         New masks that keep `kept` in all. Of equal scores the earlier go first: by the order of the layers, then by
@@ -48,6 +48,8 @@ def keep_highest_globally(
     Raises:
         ValueError: a score that is to be ranked is NaN.
     """
+    if absolute:  # of complex weights the magnitudes, which only their absolute value orders
+        scores = {name: score.abs() if score.is_complex() else score for name, score in scores.items()}
     exact = torch.float64 if any(s.dtype == torch.float64 for s in scores.values()) else torch.float32
     rooms = _Rooms(exact)
     parts = {name: _Part(name, scores[name], mask, absolute, rooms) for name, mask in masks.items()}

@@ -531,3 +531,45 @@ def test_two_pairs_in_a_tuple_are_ambiguous() -> None:
     model, pair = convolutional(), batch_of()
     with pytest.raises(SurgeryError, match=r"batch is a tuple of two, and may be one pair"):
         prune(model, 0.5, method="snip", batch=(pair, pair))
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp"])
+def test_a_loss_that_does_not_depend_on_the_weights_is_refused(method: str) -> None:
+    def detached(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output.detach(), target)
+
+    with pytest.raises(SurgeryError, match="does not depend on the weights"):
+        prune(convolutional(), 0.5, method=method, batch=batch_of(), loss=detached)
+
+
+def test_synflow_refuses_a_network_through_which_nothing_flows() -> None:
+    layers = [nn.Linear(2, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False), nn.Linear(4, 3)]
+    for layer in (layers[0], layers[2]):
+        nn.init.zeros_(layer.weight)
+    with pytest.raises(SurgeryError, match="no weight has any synaptic flow"):
+        prune(nn.Sequential(*layers), 0.5, method="synflow", batch=(torch.zeros(1, 2), None))
+
+
+def test_batches_weigh_by_their_images_not_by_the_boxes_of_the_first() -> None:
+    """As a detector's targets are: a list of dicts, and an image without an object."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2, bias=False)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.layer(images)
+
+    def loss(output: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+        return torch.stack([out.square().sum() + t["boxes"].sum() for out, t in zip(output, targets)]).mean()
+
+    def pair(boxes: list[int]) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        return torch.randn(len(boxes), 3), [{"boxes": torch.ones(count, 4)} for count in boxes]
+
+    model, (first, second) = Flat(), (pair([7, 1]), pair([0, 2]))
+    whole = torch.cat([first[0], second[0]]), first[1] + second[1]
+    weights = prunable_weights(model, exclude=())
+    apart = snip_scores(model, weights, [first, second], loss)
+    together = snip_scores(model, weights, [whole], loss)
+    torch.testing.assert_close(apart, together)

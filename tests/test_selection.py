@@ -196,3 +196,11 @@ def test_each_layer_by_its_own_budget():
     assert found["a"].tolist() == [False, True, False] and not found["b"].any()
     found = keep_highest_per_layer(scores, masks, {"a": 1, "b": 2})
     assert found["a"].tolist() == [False, False, True] and found["b"].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_weights_are_ranked_by_their_magnitude(dtype: torch.dtype) -> None:
+    weight = torch.tensor([0.01 + 5j, 0.1 + 0j, -3 + 4j, 0j], dtype=dtype)
+    kept = torch.ones(4, dtype=torch.bool)
+    found = keep_highest_globally({"w": weight}, {"w": kept}, 2, absolute=True)
+    assert found["w"].tolist() == [True, False, True, False]

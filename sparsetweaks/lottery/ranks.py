@@ -47,9 +47,14 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which of them this one is, from 0."""
+    return 0 if count() == 1 else dist.get_rank()
+
+
 def leads() -> bool:
     """Whether this process is the one that reads and writes."""
-    return count() == 1 or dist.get_rank() == 0
+    return rank() == 0
 
 
 def share(length: int) -> slice:
@@ -59,9 +64,7 @@ def share(length: int) -> slice:
         >>> share(128)  # alone
         slice(0, 128, None)
     """
-    if count() == 1:
-        return slice(0, length)
-    return slice(dist.get_rank() * length // count(), (dist.get_rank() + 1) * length // count())
+    return slice(rank() * length // count(), (rank() + 1) * length // count())
 
 
 def check_batch(size: int) -> None:

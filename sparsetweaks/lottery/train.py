@@ -21,6 +21,7 @@ from sparsetweaks.lottery.config import LotteryError, Recipe, RunError
 from sparsetweaks.lottery.data import Data, Images, batches
 from sparsetweaks.lottery.files import State, load, save
 from sparsetweaks.masks import find_masks
+from sparsetweaks.probing import rng_restored
 from sparsetweaks.recipe.labels import distillation_loss
 from sparsetweaks.surgery.skips import Skip
 
@@ -85,7 +86,8 @@ def train(
         data: from `load`.
         recipe: how long, how fast, how precise; with `average_from`, the weights that are reported are the mean of those
             after each epoch from there on, with BatchNorm's statistics taken anew.
-        seed: of the order of the images and their augmentation.
+        seed: of the order of the images, their augmentation, and what the model draws (dropout). PyTorch's own random
+            state is left as it was.
         loss: of logits and labels; default cross-entropy.
         teacher: a network to learn from as well, by `distillation_loss`.
         rewind_epoch: after how many epochs to remember the weights; 0, the start, is the original lottery ticket (k = 0).
@@ -148,20 +150,22 @@ def train(
             # seeded for each epoch, so that a training cut off goes on exactly as it would have
             generator = torch.Generator(device).manual_seed(seed * SEED_STRIDE + epoch)
             model.train()
-            for step, (images, labels) in enumerate(
-                batches(data.train, data, size=recipe.batch_size, padding=padding, generator=generator)
-            ):
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.learning_rate * schedule(epoch + step / steps, recipe)
-                ours = ranks.share(len(labels))
-                images, labels = images[ours].contiguous(memory_format=memory_format), labels[ours]
-                with autocast:
-                    logits = forward(images)
-                value = _objective(loss, teach, logits, labels, images, autocast)
-                optimizer.zero_grad()
-                value.backward()
-                optimizer.step()
-                total += value.detach()
+            with rng_restored(model):  # what dropout draws is the epoch's too, and each process's own
+                torch.manual_seed((seed * SEED_STRIDE + epoch) * ranks.count() + ranks.rank())
+                for step, (images, labels) in enumerate(
+                    batches(data.train, data, size=recipe.batch_size, padding=padding, generator=generator)
+                ):
+                    for group in optimizer.param_groups:
+                        group["lr"] = recipe.learning_rate * schedule(epoch + step / steps, recipe)
+                    ours = ranks.share(len(labels))
+                    images, labels = images[ours].contiguous(memory_format=memory_format), labels[ours]
+                    with autocast:
+                        logits = forward(images)
+                    value = _objective(loss, teach, logits, labels, images, autocast)
+                    optimizer.zero_grad()
+                    value.backward()
+                    optimizer.step()
+                    total += value.detach()
             done.loss = (
                 ranks.total(total).item() / ranks.count() / steps
             )  # once an epoch: it waits for the device

@@ -135,7 +135,7 @@ class SoftLabelLoss(nn.Module):
         check_targets(logits, labels, ignore_index=self.ignore_index)
         return F.cross_entropy(
             _at_least_float32(logits),
-            _at_least_float32(labels),
+            _at_least_float32(_as_targets(labels)),
             weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
@@ -213,7 +213,12 @@ def distillation_loss(
     soft = divergence * temperature**2  # the factor undoes what the temperature takes from the gradient
     if labels is None or weight == 1:
         return soft * weight
-    return soft * weight + label_loss(student, labels) * (1 - weight)
+    return soft * weight + label_loss(student, _as_targets(labels)) * (1 - weight)
+
+
+def _as_targets(labels: Tensor) -> Tensor:
+    """Class labels of any integer type in the one that torch's losses take; probabilities as they are."""
+    return labels if labels.is_floating_point() else labels.long()
 
 
 def _divergence(teacher: Tensor, student: Tensor, counted: Tensor | None) -> Tensor:

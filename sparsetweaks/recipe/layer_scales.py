@@ -594,7 +594,10 @@ def _join(first: Any, second: Any) -> Any:
     if isinstance(first, Mapping):
         return {key: _join(first[key], second[key]) for key in first}
     if isinstance(first, tuple):
-        return tuple(_join(*parts) for parts in zip(first, second, strict=True))
+        joined = [_join(*parts) for parts in zip(first, second, strict=True)]
+        return type(first)(*joined) if hasattr(first, "_fields") else tuple(joined)
+    if first is None and second is None:
+        return None
     if isinstance(first, list):
         return first + second
     raise SurgeryError(

@@ -275,3 +275,26 @@ def test_the_last_epoch_at_least_is_averaged(digits: Data, epochs: int) -> None:
 def test_a_warm_up_is_a_part_of_the_training(epochs: float) -> None:
     with pytest.raises(LotteryError, match="warmup_epochs must lie between 0 and the 2 epochs"):
         replace(RECIPE, warmup_epochs=epochs)
+
+
+def test_what_dropout_draws_is_the_seeds_and_the_epochs(digits: Data, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sparsetweaks.lottery.train.SAVING", math.inf)  # after each epoch
+    recipe, file = replace(RECIPE, epochs=3), tmp_path / "run.safetensors"
+
+    def dropping() -> nn.Module:
+        return nn.Sequential(model_of(), nn.Dropout(0.5))
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    whole = train(dropping(), digits, recipe, seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def cut_off(trained: object) -> None:
+        torch.rand(1)  # a caller's own
+        if trained.epochs == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(dropping(), digits, recipe, seed=0, checkpoint=file, on_epoch=cut_off)
+    resumed = train(dropping(), digits, recipe, seed=0, checkpoint=file)
+    assert same(resumed.weights["last"], whole.weights["last"])

@@ -338,3 +338,13 @@ def test_distillation_compiles_whole():
         lambda s, y, x: distillation_loss(s, y, teacher=teacher(x).detach()), backend="eager", fullgraph=True
     )
     assert step(student, labels, inputs) == distillation_loss(student, labels, teacher=teacher(inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_class_labels_may_be_of_any_integer_type(dtype: torch.dtype) -> None:
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 2])
+    assert torch.equal(SoftLabelLoss(0.1)(logits, labels.to(dtype)), SoftLabelLoss(0.1)(logits, labels))
+    taught = dict(teacher=torch.randn(4, 3), weight=0.5)
+    assert torch.equal(
+        distillation_loss(logits, labels.to(dtype), **taught), distillation_loss(logits, labels, **taught)
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -809,3 +810,18 @@ def test_a_model_without_trainable_parameters():
 def test_bad_scales(scales, message):
     with pytest.raises(ValueError, match=message):
         scale_layers(small_network(), scales)
+
+
+def test_batches_of_named_tuples_and_of_nothing_are_joined_as_they_are() -> None:
+    class Targets(NamedTuple):
+        labels: torch.Tensor
+        weights: None
+
+    def loss(output: torch.Tensor, targets: Targets) -> torch.Tensor:
+        assert targets.weights is None
+        return torch.nn.functional.cross_entropy(output, targets.labels)
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    batches = [(torch.randn(6, 4), Targets(torch.randint(3, (6,)), None)) for _ in range(2)]
+    scaled = learn_layer_scales(model, batches, loss=loss, iterations=2)
+    assert not torch.equal(scaled[0].weight, model[0].weight)
