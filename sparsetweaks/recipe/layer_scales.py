@@ -100,7 +100,7 @@ def learn_layer_scales(
 
     - `order=1` takes the step d for a constant, as the published GradInit code does (it detaches it). On the
       same batches the learned weights equal that code's bit for bit in float32 on the CPU, for networks of
-      convolution, linear and BatchNorm layers, with about half the extra memory, as no second-order graph is
+      convolution, linear and BatchNorm layers, with about a quarter of the extra memory, as no second-order graph is
       built that nothing uses.
     - `order=2` differentiates through the step, as the papers write the objective, for one more pass over the
       step's batch with a second-order graph. On a small network the first order was 10 % off this gradient,
