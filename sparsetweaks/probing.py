@@ -81,9 +81,8 @@ def check_pair(pair: Any, device: torch.device | None) -> Pair:
     found = list(tensors(pair))
     if not found:
         raise SurgeryError("the batch holds no tensor")
-    if any(
-        tensor.ndim > 0 and len(tensor) == 0 for tensor in tensors(pair[0])
-    ):  # an image may have no objects
+    inputs = tensors(pair[0])  # not the targets: an image may have no objects
+    if any(tensor.ndim > 0 and len(tensor) == 0 for tensor in inputs):
         raise SurgeryError("the batch is empty: it needs at least one sample")
     for tensor in found:
         if device is not None and tensor.device != device:

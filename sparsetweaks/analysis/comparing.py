@@ -106,9 +106,10 @@ class Comparison:
     def _notes(self) -> Iterable[str]:
         """Where a number is a bound only, and which layers it leaves out."""
         for name, looked in self.networks.items():
-            analyses = [found for found in (looked.paths, looked.gradient) if found is not None]
-            left = {layer: why for found in analyses for layer, why in found.left.items()}
-            yield from (f"{name!r}: {line}" for line in about_left(left))
+            of_numbers = {"effective_sparsity": looked.paths, "effective_gradient_flow": looked.gradient}
+            for number, found in of_numbers.items():
+                if found is not None:
+                    yield from (f"{number} of {name!r}: {line}" for line in about_left(found.left))
             if looked.paths is not None and looked.paths.opened:
                 operations = ", ".join(looked.paths.opened)
                 yield f"effective_sparsity of {name!r} is at least this: what passes {operations} is not known"
