@@ -60,27 +60,34 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     for seed in options.seeds or PRESETS[options.preset].seeds:
-        for experiment in comparisons(options.preset, options.data, seed, options.lengths):
-            run(experiment, options.preset, options.out.resolve(), options.device)
+        for experiment, deciding in comparisons(options.preset, options.data, seed, options.lengths):
+            run(experiment, deciding, options.preset, options.out.resolve(), options.device)
     print("every run is there")
 
 
-def comparisons(name: str, data: Sequence[str], seed: int, lengths: Sequence[float]) -> Iterator[Experiment]:
-    """A seed's experiments, a length after the other; `spent` is the deciding level."""
+def comparisons(
+    name: str, data: Sequence[str], seed: int, lengths: Sequence[float]
+) -> Iterator[tuple[Experiment, int]]:
+    """A seed's experiments, a length after the other, each with the deciding level; other lengths spend that one only."""
     preset, (whole, *_) = PRESETS[name], experiments("10", name, data)
+    (deciding,) = whole.spent
     for length in lengths:
         for network in preset.networks[:NETWORKS]:
             recipe = replace(preset.recipe, epochs=round(length * preset.recipe.epochs))
-            yield replace(whole, network=network, recipe=recipe, seeds=(seed,))
+            spent = () if recipe.epochs == preset.recipe.epochs else whole.spent
+            yield replace(whole, network=network, recipe=recipe, seeds=(seed,), spent=spent), deciding
 
 
-def variants_at(level: int, experiment: Experiment, length: int) -> dict[str, Tweaks]:
-    """What the ticket of a level is spent with, `length` being the preset's number of epochs."""
-    own, deciding = experiment.recipe.epochs == length, level in experiment.spent
+def variants_at(level: int, experiment: Experiment, deciding: int) -> dict[str, Tweaks]:
+    """What the ticket of a level is spent with: every form of the tweaks at the deciding level and the preset's length."""
     if not level:
         return {"vanilla": Tweaks()}
-    each = {name: experiment.tweaks(name) for name in EACH} if own or deciding else {}
-    return each | {name: _brief(form, experiment) for name, form in FORMS.items() if own and deciding}
+    if experiment.spent and level not in experiment.spent:
+        return {}
+    each = {name: experiment.tweaks(name) for name in EACH}
+    if level != deciding or experiment.spent:
+        return each
+    return each | {name: _brief(form, experiment) for name, form in FORMS.items()}
 
 
 def _brief(form: Tweaks, experiment: Experiment) -> Tweaks:
@@ -90,14 +97,13 @@ def _brief(form: Tweaks, experiment: Experiment) -> Tweaks:
     return replace(form, scales={**(experiment.scales or {}), **form.scales})
 
 
-def run(experiment: Experiment, preset: str, out: Path, device: str) -> None:
+def run(experiment: Experiment, deciding: int, preset: str, out: Path, device: str) -> None:
     """All cells of one seed, network and length that have no row yet; one that fails has its reason in another file."""
     (seed,), recipe = experiment.seeds, experiment.recipe
     show = partial(_show, last=recipe.epochs)
     rows, failed = out / f"where-{preset}.csv", out / f"where-{preset}.failed.csv"
     for ticket in tickets_of(experiment, out, device, seed, show):
-        of = variants_at(ticket.level, experiment, PRESETS[preset].recipe.epochs)
-        for name, tweaks in of.items():
+        for name, tweaks in variants_at(ticket.level, experiment, deciding).items():
             key = run_key(ticket, tweaks, recipe, seed=seed, device=torch.device(device))
             if (key, name) in {(row["run"], row["variant"]) for row in read_rows(rows) + read_rows(failed)}:
                 continue

@@ -27,8 +27,8 @@ from sparsetweaks.lottery.train import (
     refresh_statistics,
     save_trained,
 )
-from sparsetweaks.masks import apply_masks, find_masks
-from sparsetweaks.pruning import prune
+from sparsetweaks.lottery.tweaking import largest
+from sparsetweaks.masks import apply_masks
 from sparsetweaks.selection import keep_highest_per_layer
 
 NAME = "pools"  # of the variant
@@ -172,12 +172,10 @@ def _pruned(model: nn.Module, ticket: Ticket) -> nn.Module:
     """The largest weights of all, as many as the ticket keeps; where its scope gave layers their numbers, of each layer."""
     if not ticket.masks:
         return model
-    if ticket.scope == "global":
-        pruned = prune(model, ticket.sparsity, include=list(ticket.masks))
-        assert sum(int(mask.sum()) for mask in find_masks(pruned).values()) == ticket.nonzeros
-        return pruned
-    weights = {name: model.get_parameter(name).detach() for name in ticket.masks}
     dense = {name: torch.ones_like(mask) for name, mask in ticket.masks.items()}
+    if ticket.scope == "global":
+        return apply_masks(model, largest(model, dense, ticket.nonzeros))
+    weights = {name: model.get_parameter(name).detach() for name in ticket.masks}
     counts = {name: int(mask.sum()) for name, mask in ticket.masks.items()}
     return apply_masks(model, keep_highest_per_layer(weights, dense, counts, absolute=True))
 

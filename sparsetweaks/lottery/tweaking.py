@@ -17,10 +17,11 @@ from sparsetweaks.lottery.files import State
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import SEED_STRIDE
 from sparsetweaks.masks import apply_masks, find_masks
-from sparsetweaks.prunable import prunable_weights
+from sparsetweaks.prunable import added_modules, prunable_weights
 from sparsetweaks.pruning import prune
 from sparsetweaks.recipe.labels import SoftLabelLoss
 from sparsetweaks.recipe.layer_scales import learn_layer_scales
+from sparsetweaks.selection import keep_highest_globally
 from sparsetweaks.surgery.activations import swap_activations
 from sparsetweaks.surgery.skips import inject_skips
 
@@ -94,13 +95,31 @@ def narrowed(ticket: Ticket, data: Data, fraction: float) -> State:
     """
     if ticket.method in ("none", "imp", "omp", "file"):
         scored = ticket.model("trained" if ticket.trained else "ticket")
-        masked = (
-            list(ticket.masks) or None
-        )  # masks from elsewhere may be of other weights than we would choose
+        if ticket.masks and ticket.scope == "global":
+            return largest(scored, ticket.masks, ticket.nonzeros - round(fraction * ticket.nonzeros))
+        masked = list(ticket.masks) or None
         return find_masks(prune(scored, fraction, of="remaining", include=masked, scope=ticket.scope))  # type: ignore[arg-type]
     return pruned_untrained(
         ticket.model(), ticket, data, ticket.method, fraction, of="remaining", scope=ticket.scope
     )
+
+
+def largest(model: nn.Module, masks: State, kept: int) -> State:
+    """Masks of the `kept` largest weights of all that the given masks keep, which may be of any parameters.
+
+    `prune` chooses among convolutions and linear layers alone; masks from elsewhere may be of normalisation too.
+
+    Args:
+        model: whose weights are ranked, with or without these masks.
+        masks: by the names of the model's parameters.
+        kept: how many to keep.
+
+    Returns:
+        The masks.
+    """
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name in masks]
+    weights = {name: model.get_parameter(name).detach() for name in names}
+    return keep_highest_globally(weights, {name: masks[name] for name in names}, kept, absolute=True)
 
 
 def pruned_untrained(
@@ -183,8 +202,8 @@ def _share_of_each(sizes: Sequence[int], count: int) -> float:
 
 def _added(model: nn.Module) -> int:
     """How many parameters the tweaks brought, all of them non-zero once trained."""
-    found = (module for module in model.modules() if getattr(module, "added_by_tweak", False))
-    return sum(parameter.numel() for parameter in {p for module in found for p in module.parameters()})
+    found = {parameter for module in added_modules(model) for parameter in module.parameters()}
+    return sum(parameter.numel() for parameter in found)
 
 
 def _endless(data: Data, recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

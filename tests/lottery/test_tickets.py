@@ -610,6 +610,23 @@ def test_any_mask_from_a_file(digits: Data, tickets: list[Ticket], tmp_path: Pat
     assert tweaked(drawn, variant("AT"), digits, RECIPE, seed=0)[2]["budget"] == drawn.nonzeros
 
 
+def test_masks_of_normalisation_pay_for_skips_as_well(
+    digits: Data, tickets: list[Ticket], tmp_path: Path
+) -> None:
+    masks = dict(tickets[2].masks)
+    for name, parameter in tickets[2].model().named_parameters():
+        if name.endswith((".bn1.weight", ".bn1.bias")):
+            masks[name] = torch.rand(parameter.shape) < 0.5
+    assert len(masks) > len(tickets[2].masks)
+    save_file(masks, tmp_path / "masks")
+    _, drawn = draw_by_masks(digits, NETWORK, tmp_path / "masks", seed=0, folder=tmp_path)
+    model, _, count = tweaked(drawn, Tweaks(skips={"norm": True}), digits, RECIPE, seed=0)
+    assert count["added"] > 0
+    assert count["budget"] == drawn.nonzeros
+    found = find_masks(model)
+    assert all(not (found[name] & ~mask).any() for name, mask in drawn.masks.items())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
