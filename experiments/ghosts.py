@@ -33,7 +33,7 @@ from sparsetweaks.lottery.config import Network, Recipe, key
 from sparsetweaks.lottery.data import Data, load
 from sparsetweaks.lottery.draw import draw_one_shot
 from sparsetweaks.lottery.results import append_row, read_rows
-from sparsetweaks.lottery.spend import surroundings
+from sparsetweaks.lottery.spend import computed, surroundings
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import Trained, accuracy, computes_in_bfloat16, train
 from sparsetweaks.masks import find_masks
@@ -100,7 +100,7 @@ def main() -> None:
 def run_key(data: Data, seed: int, network: str, sparsity: float, variant: str) -> str:
     """The name of a run, made of everything that determines it."""
     return key(
-        data.fingerprint, NETWORKS[network], RECIPE, FIRST, SECOND, seed, sparsity, variant,
+        data.fingerprint, NETWORKS[network], computed(RECIPE, data.mean.device), FIRST, SECOND, seed, sparsity, variant,
         GHOST_SKIPS if "ghost" in variant else {},
     )  # fmt: skip
 

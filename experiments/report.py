@@ -12,6 +12,7 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sparsetweaks.lottery.claims import POINTS, TIMES
@@ -63,23 +64,29 @@ def ghosts() -> str:
     for title, summary in summarise(rows).items():
         parts += [f"{title}:", "", table(summary), ""]
     first = rows[0]
-    milliseconds: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        milliseconds.setdefault((row["architecture"], row["variant"]), []).append(
-            float(row["step_milliseconds"])
-        )
     slower = [
-        f"{variant} on {network} {statistics.median(times) / statistics.median(milliseconds[network, 'vanilla']):.2f}"
-        for (network, variant), times in milliseconds.items()
-        if variant in ("AT", "ghost AT") and (network, "vanilla") in milliseconds
+        f"{variant} on {network} {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        for variant in ("AT", "ghost AT")
+        for network, of in _groups(rows, "architecture").items()
+        if (ratios := _step_ratios(of, variant))
     ]
     return "\n".join(
         [
             *parts,
             f"{first['precision']}, torch {first['torch'].split('+')[0]}, {first['hardware']}. A training step, in those "
-            f"of vanilla: {', '.join(slower)}.",
+            f"of vanilla on the same ticket: {', '.join(slower)}; medians, and the range, as other work shared the machine.",
         ]
     )
+
+
+def _step_ratios(rows: Iterable[Mapping[str, str]], variant: str) -> list[float]:
+    """The times of a variant's steps by vanilla's, each pair on one ticket."""
+    of = {(row["variant"], row["sparsity"], row["seed"]): float(row["step_milliseconds"]) for row in rows}
+    return [
+        time / of[("vanilla", *ticket)]
+        for (name, *ticket), time in of.items()
+        if name == variant and ("vanilla", *ticket) in of
+    ]
 
 
 def where() -> str:

@@ -136,7 +136,10 @@ class GhostActivation(Ghost):
         return input.copy_(result) if self.past.overwrites else result
 
     def _smooth(self, x: torch.Tensor) -> torch.Tensor:
-        width = self.strength.clamp_min(torch.finfo(x.dtype).tiny)
+        narrowest = max(
+            torch.finfo(each.dtype).tiny for each in (x, self.strength)
+        )  # a normal number in both
+        width = self.strength.clamp_min(narrowest)
         smooth = x * torch.sigmoid(x / width)
         if isinstance(self, nn.LeakyReLU):
             return torch.add(smooth * (1 - self.negative_slope), x, alpha=self.negative_slope)

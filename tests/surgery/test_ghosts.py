@@ -248,6 +248,19 @@ def test_annealing_recompiles_nothing_and_the_compiled_model_follows():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(
+    ("strength", "input"), [(torch.float16, torch.float32), (torch.float32, torch.float16)]
+)
+def test_a_ghost_at_strength_0_has_gradients_where_another_precision_computes(strength, input):
+    model = st.swap_activations(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), "swish", ghost=True)
+    st.anneal_ghosts(model, 1.0)
+    activation = model[1]
+    activation.strength = activation.strength.to(strength)
+    x = torch.tensor([-1.0, 0.0, 1.0], dtype=input)
+    slopes = torch.func.grad(lambda x: activation(x).sum())(x)  # where both ways are computed
+    assert slopes.tolist() == [0, 0, 1]
+
+
 def test_distributed_and_averaged_models_carry_ghosts(tmp_path):
     store = f"file://{tmp_path / 'store'}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
