@@ -222,10 +222,11 @@ def _zero_pruned(optimizer: Optimizer, held: Mapping[int, _Held]) -> None:
                 _zero(value, bits)
     if isinstance(optimizer, LBFGS):
         parameters = list(_parameters_of(optimizer))
-        sizes = [parameter.numel() for parameter in parameters]
+        sizes = [parameter.numel() * (1 + parameter.is_complex()) for parameter in parameters]
         for vector in _lbfgs_vectors(optimizer):
             for parameter, part in zip(parameters, vector.split(sizes), strict=True):
                 if hold := held.get(id(parameter)):
+                    part = torch.view_as_complex(part.view(-1, 2)) if parameter.is_complex() else part
                     _zero(part.view(parameter.shape), hold.bits())
 
 

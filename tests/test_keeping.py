@@ -237,6 +237,34 @@ class Reckless(torch.optim.Optimizer):
             parameter.view(-1)[(~mask).flatten().nonzero()[1]] = -0.0
 
 
+def test_lbfgs_holds_complex_weights_among_real_ones():
+    model = apply_masks(nn.Linear(6, 4, dtype=torch.complex64), {"weight": torch.rand(4, 6) < 0.5})
+    model.shift = nn.Parameter(torch.zeros(3))  # real numbers after complex ones, which take two places each
+    optimizer = OPTIMIZERS["lbfgs"](model.parameters())
+    x, y = torch.randn(2, 8, 6, dtype=torch.complex64)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - y[:, :4]).abs().pow(2).mean() + (model.shift - 1).pow(2).sum()
+        loss.backward()
+        return loss
+
+    before = closure().item()
+    with keep_masks(model, optimizer):
+        for _ in range(3):
+            optimizer.step(closure)
+    assert closure().item() < before
+    assert (model.weight[~model.weight_mask] == 0).all()
+    assert (model.weight[model.weight_mask] != 0).all()
+    assert (model.shift != 0).all()
+    state = optimizer.state[next(iter(model.parameters()))]
+    for vector in (state["d"], *state["old_dirs"], *state["old_stps"]):
+        places = dict(zip(dict(model.named_parameters()), vector.split([48, 8, 3]), strict=False))
+        weight = torch.view_as_complex(places["weight"].view(4, 6, 2))
+        assert (weight[~model.weight_mask] == 0).all()
+        assert (weight[model.weight_mask] != 0).any()
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]
 )
