@@ -1,4 +1,4 @@
-# Every target sets itself up: a fresh machine needs Python >= 3.10 and make.
+# Every target sets itself up: a fresh machine needs Python >= 3.10 with venv, make and a network; `test` a C++ compiler too.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -30,7 +30,7 @@ mutants: $(READY)
 machinery: $(READY)
 	$(ONE) $(BIN)/python -m pytest -q tests/machinery --machinery-table benchmarks/results/machinery.csv
 
-# Every speed against its peer; peers that no index has by path, e.g. `make bench BENCH="--resume --open-lth PATH"`.
+# Every speed against its peer; peers that no index has, and images, by path: see README, "How fast".
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pyhessian
 	$(ONE) $(BIN)/python benchmarks/bench.py $(BENCH)

@@ -140,7 +140,8 @@ def pyhessian(model: nn.Module, batch: Pair, k: int, seed: int, iterations: int 
 
 RESIDUAL = "ours, by the residual alone"
 WHY_MISSED = {
-    "ours": "some three products show that no larger eigenvalue is hidden, but by a chance of 1 %, which PyHessian does not",
+    "ours": "one or two more products show that no larger eigenvalue is hidden, but by a chance of 1 %, which PyHessian "
+    "does not",
     RESIDUAL: "a residual test with all of the gap saves a product, and stops at a neighbour of the top eigenvalue 3 to 4 "
     "times as often where they are close; so does a start with the gradient in it, in most runs where that lies along the "
     "second",

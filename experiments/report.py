@@ -96,7 +96,8 @@ def where() -> str:
         of_forms: dict[str, dict[str, Cell]] = {}  # by network
         for network, rows in _groups(read_rows(path), "architecture").items():
             places: dict[str, dict[str, Cell]] = {}
-            for epochs, some in _groups(rows, "epochs").items():
+            lengths = _groups(rows, "epochs")
+            for epochs, some in lengths.items():
                 ((title, summary),) = summarise(some).items()
                 for sparsity, cells in sorted(summary.items()):
                     forms = {name: cell for name, cell in cells.items() if name not in VARIANTS}
@@ -105,8 +106,9 @@ def where() -> str:
                     if sparsity:
                         place = f"{100 * sparsity:.3g} %, {epochs} epochs"
                         places[place] = {name: cell for name, cell in cells.items() if name in VARIANTS}
+            others = ", and other lengths" if len(lengths) > 1 else ""
             parts += [
-                f"{title.split(', iterative')[0]}, and other lengths:",
+                f"{title.split(', iterative')[0]}{others}:",
                 _gains(places, list(VARIANTS)),
                 "",
             ]
@@ -153,7 +155,7 @@ def paper_and_ours(preset: str) -> str:
     lines, settings = [["figure", "the paper says that", "here", "verdict"]], set()
     for figure, drawn in FIGURES.items():
         found: dict[str, list[dict[str, str]]] = {}
-        path, name = PICTURES / f"{figure}-{preset}.claims.csv", f"{figure} {drawn.title}"
+        path = PICTURES / f"{figure}-{preset}.claims.csv"
         if not path.is_file():
             continue
         for row in read_table(path):

@@ -344,7 +344,7 @@ def hessian_top_eigenvalues(
         tolerance: bound on the relative error of each value, > 0, and how far apart eigenvalues are told. Below
             about 1e-5, ask for `dtype=torch.float64`: float32 products are no better than that.
         missed: the chance, over the random start, that an eigenvalue which belongs among the k is missed for another,
-            in (0, 1]. At 1 the residual alone decides, as elsewhere: that saves some three products, and takes the
+            in (0, 1]. At 1 the residual alone decides, as elsewhere: that saves a product or two, and takes the
             second for the first in half of all runs where these are within 2 %.
         iterations: at most so many products, at least k. Where they do not suffice there is a
             `NotConvergedWarning`, and `converged` is False.

@@ -111,7 +111,8 @@ def fold(model: Model, *, inputs: Any = None, where: s.Where = None, tolerance: 
 
     Raises:
         ValueError: for a pattern that matches nothing, or a tolerance below 0 or without inputs.
-        SurgeryError: if the outputs for `inputs` do not agree, or the model fails on them.
+        SurgeryError: if the outputs for `inputs` do not agree, or the model fails on them; or if the model is wrapped in
+            DistributedDataParallel: give `model.module`.
 
     Warns:
         NoEffectWarning: if there is nothing to fold.

@@ -367,7 +367,8 @@ def remove_ghosts(model: Model, *, force: bool = False) -> Model:
         other surgeries rewrote stays rewritten. `model` is left untouched.
 
     Raises:
-        SurgeryError: if a ghost still has some strength, without `force`; the message names it.
+        SurgeryError: if a ghost still has some strength, without `force`; the message names it. Also for a model that
+            is wrapped in DistributedDataParallel: give `model.module`.
 
     Warns:
         NoEffectWarning: if the model has no ghosts.
