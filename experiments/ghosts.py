@@ -126,7 +126,7 @@ def run(
     seconds = sum(trained.seconds for _, trained in halves)
     rows = []
     for name, each in inferred.items():
-        counts = nonzeros_of(each)
+        counts = counts_of(each, data)
         assert counts["budget"] == ticket.nonzeros, f"{name} has {counts['budget']}, not {ticket.nonzeros}"
         rows.append(
             {
@@ -199,12 +199,21 @@ def train_half(model: nn.Module, data: Data, recipe: Recipe, *, seed: int) -> tu
     return model, trained
 
 
-def nonzeros_of(model: nn.Module) -> dict[str, int]:
-    """Non-zero weights of those that are pruned among, parameters that tweaks added, and both."""
+def counts_of(model: nn.Module, data: Data) -> dict[str, int]:
+    """Non-zero weights of those that are pruned among, parameters that tweaks added, and both; and what all of it costs."""
     names = find_masks(model)
     weights = sum(int(model.get_parameter(name).count_nonzero()) for name in names)
-    count = st.sparsity(model)
-    return {"nonzeros": weights, "added": count.added_kept, "budget": weights + count.added_kept}
+    added = st.sparsity(model).added_kept
+    whole = st.cost(model, data.normalise(data.test.images[:1]))
+    return {
+        "nonzeros": weights,
+        "added": added,
+        "budget": weights + added,
+        "parameters": whole.parameters,
+        "nonzero_parameters": whole.nonzeros,
+        "flops": whole.flops,
+        "effective_flops": whole.effective_flops,
+    }
 
 
 def accuracy_of(model: nn.Module, part: Any, data: Data) -> float:
