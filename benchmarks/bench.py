@@ -8,7 +8,7 @@
 Each benchmark also runs alone. Peers that no package index has are handed in by path, as checkouts of
 github.com/zhuchen03/gradinit and github.com/facebookresearch/open_lth; without them their rows say so. `--images` is a
 folder of train/<class>/ and test/<class>/, for the network whose Hessian is looked at; without it, it is of random images.
-With `--resume` only what has no row yet is measured, so a run that was cut off goes on.
+With `--resume` only what has no row yet of this machine is measured, so a run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -27,11 +27,6 @@ BENCHMARKS = (
     "layer_scales", "keep_masks", "pruning", "hessian", "throughput", "surgery", "lottery", "activations", "sparse_file",
     "sparse_paths",
 )  # fmt: skip
-OWN_SHAPE = (
-    "throughput",
-    "surgery",
-    "sparse_paths",
-)  # these keep tables of their own columns, and take no options here
 OPTIONS = {
     "layer_scales": ("gradinit",),
     "keep_masks": ("open_lth",),
@@ -67,15 +62,10 @@ def ran(name: str, options: argparse.Namespace) -> bool:
     script = HERE / f"{name}.py"
     if not script.is_file():
         return True
-    command = [sys.executable, str(script)]
-    if name in OWN_SHAPE:
-        if options.resume and (paired.RESULTS / f"{name}.csv").is_file():
-            return True
-    else:
-        command += ["--resume"] if options.resume else []
-        for option in OPTIONS.get(name, ()):
-            if (value := getattr(options, option)) is not None:
-                command += [f"--{option.replace('_', '-')}", str(value)]
+    command = [sys.executable, str(script), *(["--resume"] if options.resume else [])]
+    for option in OPTIONS.get(name, ()):
+        if (value := getattr(options, option)) is not None:
+            command += [f"--{option.replace('_', '-')}", str(value)]
     print(f"{name}:", flush=True)
     return subprocess.run(command, check=False).returncode == 0
 
@@ -134,7 +124,7 @@ def _line(what: str, measure: str, line: dict[str, Any], target: float | None) -
     row = paired.Row(what, measure, *numbers, int(line["n"]), target)
     return {
         "what": what, "measure": measure, "median": row.median, "lowest": row.lowest, "highest": row.highest,
-        "n": row.n, "target": "" if target is None else target, "met": row.met, "threads": 1,
+        "n": row.n, "target": "" if target is None else target, "met": row.met, "threads": line["threads"],
         "versions": f"torch {line['torch']}", "hardware": line["hardware"],
     }  # fmt: skip
 

@@ -12,7 +12,8 @@
 - `grid`: ResNet-18 by the paper's recipe: dense, timed alone (the goal: 180 epochs in 5 minutes or less), then one-shot
   tickets of 91 and 97 %, with the tweaks of this package and with their authors', several side by side.
 
-What is measured goes to OUT/gpu.csv row by row; a row that is there is not measured again. Checkpoints go to --scratch:
+What is measured goes to OUT/gpu.csv, all rows of a setting at once; what is there is not measured again, and a last line
+that lacks its end counts for nothing. Checkpoints go to --scratch:
 with the same one, trainings go on where they were cut off. No new piece of work begins after --minutes, and trainings
 then stop. Without --data the images are random bytes, which do for the times; their accuracies mean nothing and the
 rows say so.
@@ -32,6 +33,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import paired
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -127,12 +129,11 @@ class Session:
         return self.out / "gpu.csv"
 
     def rows(self) -> list[dict[str, str]]:
+        """What was measured; a last line that was cut off is none."""
         if not self.table.is_file():
             return []
-        with self.table.open(newline="", encoding="utf-8") as file:
-            return [
-                row for row in csv.DictReader(file) if row["torch"]
-            ]  # a line that was cut off lacks its end
+        lines = self.table.read_text(encoding="utf-8").splitlines(keepends=True)
+        return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
     def todo(self, piece: str, setting: str) -> bool:
         """Whether something is still to be measured; raises when there is no time left for it."""
@@ -142,28 +143,17 @@ class Session:
         return True
 
     def add(self, piece: str, setting: str, **measures: float | list[float]) -> None:
-        """Write down what came out: a line per measure."""
-        new = not self.table.is_file()
+        """Write down what came out, a line per measure: all of them, or none when this is killed."""
+        rows: list[dict[str, Any]] = [*self.rows()]
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU, a dry run"
-        with self.table.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            for measure, found in measures.items():
-                values = found if isinstance(found, list) else [found]
-                numbers = [f"{each:.6g}" for each in (statistics.median(values), min(values), max(values))]
-                told = dict(zip(("median", "least", "most"), numbers), n=len(values), device=where)
-                row = {
-                    "piece": piece,
-                    "setting": setting,
-                    "measure": measure,
-                    **told,
-                    "torch": torch.__version__,
-                }
-                writer.writerow(row)
-                print(
-                    f"{piece}: {setting}: {measure} {numbers[0]} ({numbers[1]} to {numbers[2]})", flush=True
-                )
+        for measure, found in measures.items():
+            values = found if isinstance(found, list) else [found]
+            numbers = [f"{each:.6g}" for each in (statistics.median(values), min(values), max(values))]
+            told = dict(zip(("median", "least", "most"), numbers), n=len(values), device=where)
+            named = {"piece": piece, "setting": setting, "measure": measure}
+            rows.append({**named, **told, "torch": torch.__version__})
+            print(f"{piece}: {setting}: {measure} {numbers[0]} ({numbers[1]} to {numbers[2]})", flush=True)
+        paired.write(self.table, COLUMNS, rows)
 
     def wait(self) -> None:
         """Until the device has done what it was given."""

@@ -4,12 +4,13 @@
     python benchmarks/hessian.py --images PATH --work FOLDER      # PATH holds train/<class>/ and test/<class>/
     python benchmarks/hessian.py --work FOLDER                    # random images and labels
 
-The network is trained for some epochs first, so that its spectrum is that of a trained network, and both look
-at the same weights and images, in evaluation mode and float32, at their default tolerance of 1e-3. The true
-value comes from float64 (see `reference`). It is kept in FOLDER, as the network is, and each seed's run of both,
-so that a measurement that was cut off goes on. Both look for eigenvalues by magnitude. Both run in one process, one
-after the other, and only the ratio of their times is reported. Extra memory is the peak above what was held before,
-each in a process of its own (resident memory, on Linux); its last lines show that more data do not take more memory.
+The network is trained for some epochs first, so that its spectrum is that of a trained network, and both look at the
+same weights and images, in evaluation mode and float32, at their default tolerance of 1e-3. The true value comes from
+float64 (see `reference`). It is kept in FOLDER, as the network is, and each seed's run of both, by the fingerprint of
+the images, so that a measurement that was cut off goes on, and other images have files of their own. Both look for
+eigenvalues by magnitude. Both run in one process, one after the other, and only the ratio of their times is reported.
+Extra memory is the peak above what was held before, each in a process of its own (resident memory, on Linux); its last
+lines show that more data do not take more memory.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def images_of(data: Data) -> Pair:
 
 def trained(data: Data, options: argparse.Namespace) -> nn.Module:
     model = build(Network("resnet20", width=16), channels=3, classes=10, seed=0)
-    kept = options.work / f"resnet20-{data.name}.pt"
+    kept = options.work / f"resnet20-{data.fingerprint}.pt"
     if kept.is_file():
         model.load_state_dict(torch.load(kept))
     else:
@@ -153,14 +154,12 @@ RUNS: dict[str, Callable[..., Found]] = {
 }
 
 
-def reference(model: nn.Module, batch: Pair, k: int, options: argparse.Namespace) -> list[float]:
+def reference(model: nn.Module, batch: Pair, k: int, images: str, options: argparse.Namespace) -> list[float]:
     """The true values: tight vectors in float32, then their Rayleigh-Ritz values in float64 from one pass.
 
-    Those are off by the square of what the vectors are off by; a bound on it is checked.
+    Those are off by the square of what the vectors are off by; a bound on it is checked. `images` is their fingerprint.
     """
-    kept = (
-        options.work / f"reference-{'random' if options.images is None else 'cifar'}-{len(batch[1])}-{k}.json"
-    )
+    kept = options.work / f"reference-{images}-{len(batch[1])}-{k}.json"
     if kept.is_file():
         return json.loads(kept.read_text())
     tight = hessian_top_eigenvalues(
@@ -202,8 +201,8 @@ def compare(k: int, options: argparse.Namespace) -> Iterator[Row]:
     images, labels = images_of(data)
     model = trained(data, options)
     batch = images[:COUNT].clone(), labels[:COUNT].clone()
-    true = reference(model, batch, k, options)
-    found = [one_seed(model, batch, k, seed, data.name, options) for seed in range(options.repeats)]
+    true = reference(model, batch, k, data.fingerprint, options)
+    found = [one_seed(model, batch, k, seed, data.fingerprint, options) for seed in range(options.repeats)]
     what = f"top Hessian eigenvalue{'s' if k > 1 else ''}, k = {k}, {COUNT} images of {data.name}"
     for name in RUNS:
         errors = [
@@ -225,11 +224,11 @@ def compare(k: int, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def one_seed(
-    model: nn.Module, batch: Pair, k: int, seed: int, data: str, options: argparse.Namespace
+    model: nn.Module, batch: Pair, k: int, seed: int, images: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Both from one seed; read back where it was done before with this torch, on this machine."""
     machine = paired.surroundings(["pyhessian"])
-    kept = options.work / f"seed-{data}-{COUNT}-{k}-{seed}.json"
+    kept = options.work / f"seed-{images}-{COUNT}-{k}-{seed}.json"
     if kept.is_file() and (done := json.loads(kept.read_text()))["machine"] == machine:
         return done
     names = list(RUNS) if seed % 2 else list(reversed(RUNS))  # none is always the first

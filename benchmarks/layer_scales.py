@@ -39,6 +39,8 @@ from sparsetweaks.recipe.layer_scales import (
     BETAS,
     EPSILON,
     FLOOR,
+    GRADIENT_CLIP,
+    OVERLAP,
     SCALE_LR,
     STEP_SIZE,
     find_layer_scales,
@@ -329,13 +331,25 @@ def extra_bytes(options: argparse.Namespace) -> float:
 
 
 def differences(name: str, options: argparse.Namespace) -> Iterator[Row]:
-    """What central differences of the gradient would make of order 2's last pass, on a masked network."""
+    """What central differences of the gradient would make of order 2's last pass, on a dense network, as all rows here."""
     model, batches = setting(name, options)
     search = layer_scales._Search(
         model,
-        layer_scales._Settings(2, 1, SCALE_LR, STEP_SIZE, math.inf, FLOOR, 1.0, "sgd", True, 0.5, None),
+        layer_scales._Settings(
+            order=2,
+            iterations=1,
+            scale_lr=SCALE_LR,
+            step_size=STEP_SIZE,
+            gamma=math.inf,
+            floor=FLOOR,
+            gradient_clip=GRADIENT_CLIP,
+            algorithm="sgd",
+            normalize=True,
+            overlap=OVERLAP,
+            loss=None,
+        ),
     )
-    drawn = layer_scales._Batches(batches, 0.5, None, False)
+    drawn = layer_scales._Batches(batches, OVERLAP, None, False)
     pair = drawn.for_step()
     _, gradient = search._gradient(pair, graph=True)
     step = search._step(gradient)

@@ -5,8 +5,12 @@
 Both draw tickets of CIFAR's ResNet-20 by iterative magnitude pruning from the initialisation: equal data (random images
 of 32x32), augmentation, batches, iterations, levels and pruned fractions, and equal evaluations of as many test images.
 Ours runs as it comes, in bfloat16 where the processor multiplies that natively, and in float32, which is open_lth's only
-precision on a CPU. What is not compute (data, masks, pruning, files) is measured within a run of ours, by itself.
-PyTorch loads its compiler when a process makes its first optimizer, compiled or not: that second comes before all runs.
+precision on a CPU. Before anything is timed each draws tickets of one batch of images: what it imports, and the compiler
+that PyTorch loads when a process makes its first optimizer, are in no time of either.
+
+The parts of a run of ours that compute nothing are measured by themselves: writing files, building networks, drawing and
+augmenting images, pruning, and copying weights. The keeping of masks in every step is not among them: it happens within
+the steps, and `keep_masks.py` measures it.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import functools
 import io
 import tempfile
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,9 +42,10 @@ EPOCHS, TRAININGS = 2, 3  # of each level; the first is dense
 FRACTION = 0.2  # pruned per level
 WEIGHT_DECAY, LEARNING_RATE = 1e-4, 0.1
 OF_THE_TIME, NOT_COMPUTE = 0.55, 0.02
+Lottery = Callable[[Data], None]
 
 
-def random_data() -> Data:
+def random_data(train: int = TRAIN, test: int = TEST) -> Data:
     generator = torch.Generator().manual_seed(0)
 
     def part(count: int) -> Images:
@@ -48,8 +53,8 @@ def random_data() -> Data:
         return Images(images, torch.randint(10, (count,), generator=generator))
 
     mean, std = torch.full((3, 1, 1), 127.5), torch.full((3, 1, 1), 73.9)
-    test = part(TEST)  # ours validates after each epoch, and open_lth tests
-    return Data("random", part(TRAIN), test, test, tuple("0123456789"), mean, std, True, "random")
+    tested = part(test)  # ours validates after each epoch, and open_lth tests
+    return Data("random", part(train), tested, tested, tuple("0123456789"), mean, std, True, "random")
 
 
 def ours(data: Data, precision: str) -> None:
@@ -114,8 +119,8 @@ def dataset(cifar: Any, data: Data) -> type:
         return cifar.Dataset(part.images.permute(0, 2, 3, 1).numpy(), part.labels.numpy(), transforms)
 
     class Random(cifar.Dataset):
-        num_train_examples = staticmethod(lambda: TRAIN)
-        num_test_examples = staticmethod(lambda: TEST)
+        num_train_examples = staticmethod(lambda: len(data.train))
+        num_test_examples = staticmethod(lambda: len(data.test))
 
         @staticmethod
         def get_train_set(use_augmentation: bool) -> Any:
@@ -128,33 +133,38 @@ def dataset(cifar: Any, data: Data) -> type:
     return Random
 
 
-def load_all_of_torch() -> None:
-    torch.optim.SGD([torch.zeros(1)])
+def warm_up(lotteries: Iterable[Lottery]) -> None:
+    """A lottery of one batch each, after which nothing is imported any more."""
+    data = random_data(BATCH, BATCH)
+    for lottery in lotteries:
+        lottery(data)
 
 
 def against_open_lth(options: argparse.Namespace) -> Iterator[Row]:
-    load_all_of_torch()
     what, data = "a whole lottery, ResNet-20", random_data()
     precisions = dict.fromkeys((train.precision_of(Recipe(), data.mean.device), "float32"))
-    runs: dict[str, Callable[[], None]] = {
-        precision: functools.partial(ours, data, precision) for precision in precisions
-    }
+    measures = {precision: f"time, ours in {precision} / open_lth in float32" for precision in precisions}
     if not options.open_lth:
-        yield paired.not_given(what, "time / open_lth", target=OF_THE_TIME)
+        for measure in measures.values():
+            yield paired.not_given(what, measure, target=OF_THE_TIME)
         return
-    runs["open_lth"] = functools.partial(theirs, data, options.open_lth)
+    lotteries: dict[str, Lottery] = {
+        precision: functools.partial(ours, precision=precision) for precision in precisions
+    }
+    lotteries["open_lth"] = functools.partial(theirs, checkout=options.open_lth)
+    warm_up(lotteries.values())
+    runs = {name: functools.partial(lottery, data) for name, lottery in lotteries.items()}
     times = paired.interleaved(runs, options.repeats, warm_up=0)
     steps = TRAININGS * EPOCHS * (TRAIN // BATCH)
     note = f"{TRAININGS} trainings, {steps} iterations of {BATCH}, {TRAININGS * (EPOCHS + 1)} evaluations of {TEST} images"
-    for precision in precisions:
+    for precision, measure in measures.items():
         found = paired.ratios(times, precision, "open_lth")
-        measure = f"time, ours in {precision} / open_lth in float32"
         yield paired.spread(what, measure, found, target=OF_THE_TIME, note=note)
 
 
 def not_compute(options: argparse.Namespace) -> Iterator[Row]:
-    """The share of a run of ours that its own parts take which compute nothing."""
-    load_all_of_torch()
+    """The share of a run of ours that its parts take which compute nothing, but for the keeping of masks in its steps."""
+    warm_up([functools.partial(ours, precision="auto")])
     data, shares = random_data(), []
     for _ in range(options.repeats):
         spent: dict[str, float] = {}
@@ -176,7 +186,11 @@ def not_compute(options: argparse.Namespace) -> Iterator[Row]:
         f"{part} {each / whole:.2%}" for part, each in sorted(spent.items(), key=lambda x: -x[1])
     )
     yield paired.spread(
-        "a whole lottery, ResNet-20", "share of all but compute", shares, target=NOT_COMPUTE, note=note
+        "a whole lottery, ResNet-20",
+        "share of all but compute and masks",
+        shares,
+        target=NOT_COMPUTE,
+        note=note,
     )
 
 
@@ -199,7 +213,7 @@ def timed_iterator(
         yield item
 
 
-CASES = {"against open_lth": against_open_lth, "all but compute": not_compute}
+CASES = {"against open_lth": against_open_lth, "all but compute and masks": not_compute}
 
 if __name__ == "__main__":
     peers = {"open-lth": "github.com/facebookresearch/open_lth"}

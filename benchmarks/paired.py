@@ -6,7 +6,10 @@ set of cases by name, each a function of the options that gives `Row`s. `main` r
 their rows in place of older ones of the same case, so a table can be made one case at a time:
 
     python benchmarks/pruning.py --only "11 M*" --repeats 9
-    python benchmarks/pruning.py --resume          # only the cases of which there is no row yet
+    python benchmarks/pruning.py --resume          # only what has no row yet of this machine and so many threads
+
+Tables are replaced as a whole, so what a killed run leaves is whole as well. A row that says that a peer was not given
+never takes the place of one that was measured, and `--resume` measures it once the peer is there.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import argparse
 import csv
 import fnmatch
 import functools
-import platform
+import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from sparsetweaks.lottery.spend import processor
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
@@ -124,10 +129,15 @@ def ratios(times: Mapping[str, Sequence[float]], ours: str, peer: str) -> list[f
 
 def extra_bytes(run: Callable[[], object]) -> int:
     """What the peak of resident memory rises by while this runs; once per process, as memory is not given back."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    forget_peak()
     before = resident("VmRSS")
     run()
     return resident("VmHWM") - before
+
+
+def forget_peak() -> None:
+    """`VmHWM` starts anew; an OSError where the system does not allow that."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def resident(field: str) -> int:
@@ -161,10 +171,7 @@ def surroundings(packages: Iterable[str] = (), checkouts: Iterable[Path | None] 
 
 
 def hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
 
 
 def commit(checkout: Path) -> str:
@@ -207,7 +214,7 @@ def main(
     parser.add_argument("--threads", type=int, default=1, help="default: 1")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help=f"of: {', '.join(cases)}")
     parser.add_argument(
-        "--resume", action="store_true", help="leave out cases that the table has of this machine"
+        "--resume", action="store_true", help="leave out cases that the table has of this machine and threads"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.csv")
     parser.add_argument("--task", help=argparse.SUPPRESS)
@@ -226,7 +233,7 @@ def main(
     checkouts = [getattr(options, option.replace("-", "_")) for option in peers or {}]
     machine = surroundings(packages, checkouts)
     for case in chosen:
-        if options.resume and any(_of(line, case, machine) for line in read(options.out)):
+        if options.resume and done(read(options.out), case, machine, peer_given=any(checkouts)):
             continue
         rows = []
         for row in cases[case](options):
@@ -247,21 +254,66 @@ def text(row: Row | Mapping[str, Any]) -> str:
     return " ".join(parts) + (f": {line['note']}" if line["note"] else "")
 
 
+def done(
+    lines: Iterable[Mapping[str, Any]], case: str, machine: Mapping[str, Any], *, peer_given: bool
+) -> bool:
+    """Whether a case has its rows of this machine; one that lacked its peer has not, once the peer is given."""
+    found = [line for line in lines if _of(line, case, machine)]
+    return bool(found) and not (peer_given and any(not _measured(line) for line in found))
+
+
 def put(path: Path, case: str, rows: Iterable[Row], machine: Mapping[str, Any], *, order: list[str]) -> None:
-    """Put a case's rows in place of its older ones of the same machine."""
-    lines = [line for line in read(path) if not _of(line, case, machine)]
+    """Put a case's rows in place of its older ones of the same machine and threads.
+
+    Where a peer was not given, what was measured with it before stays.
+    """
+    rows, lines = list(rows), read(path)
+    measured = {
+        (line["what"], line["measure"]): line
+        for line in lines
+        if _of(line, case, machine) and _measured(line)
+    }
+    lines = [line for line in lines if not _of(line, case, machine)]
     for row in rows:
-        values = {spec.name: getattr(row, spec.name) for spec in fields(row)}
-        for column in ("median", "lowest", "highest"):
-            if values[column] is not None:
-                values[column] = f"{values[column]:.4g}"
-        lines.append({"case": case, **values, "met": row.met, **machine})
+        older = measured.pop((row.what, row.measure), None)
+        lines.append(older if older and row.median is None else _line(case, row, machine))
+    if any(row.median is None for row in rows):
+        lines += measured.values()
     lines.sort(key=lambda line: order.index(line["case"]) if line["case"] in order else len(order))
     write(path, COLUMNS, lines)
 
 
+def _line(case: str, row: Row, machine: Mapping[str, Any]) -> dict[str, Any]:
+    values = {spec.name: getattr(row, spec.name) for spec in fields(row)}
+    for column in ("median", "lowest", "highest"):
+        if values[column] is not None:
+            values[column] = f"{values[column]:.4g}"
+    return {"case": case, **values, "met": row.met, **machine}
+
+
+def _measured(line: Mapping[str, Any]) -> bool:
+    return line["median"] not in ("", None)
+
+
 def _of(line: Mapping[str, Any], case: str, machine: Mapping[str, Any]) -> bool:
-    return bool(line["case"] == case and line["hardware"] == machine["hardware"])
+    return line["case"] == case and agree(line, machine, ("threads", "hardware"))
+
+
+def agree(line: Mapping[str, Any], other: Mapping[str, Any], columns: Iterable[str]) -> bool:
+    """Whether a row of a table is the same as another in these columns."""
+    return all(str(line.get(column)) == str(other[column]) for column in columns)
+
+
+def keep(path: Path, columns: Sequence[str], same: Sequence[str], new: Iterable[Mapping[str, Any]]) -> None:
+    """Put rows in place of those that are the same in some columns, for tables that have columns of their own."""
+    lines: list[Mapping[str, Any]] = [*read(path)]
+    for each in new:
+        places = [place for place, line in enumerate(lines) if agree(line, each, same)]
+        if places:
+            lines[places[0]] = each
+        else:
+            lines.append(each)
+    write(path, columns, lines)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -273,8 +325,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def write(path: Path, columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a table as a whole or, when it is killed meanwhile, leave the old one as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    unfinished = path.with_name(f"{path.name}.part")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({column: line.get(column, "") for column in columns} for line in lines)
+    os.replace(unfinished, path)

@@ -1,30 +1,35 @@
 """Whether PyTorch's sparse matrices (CSR, on a CPU) are faster than dense ones, for layers of ResNet-20 and ResNet-18.
 
     python benchmarks/sparse_paths.py
+    python benchmarks/sparse_paths.py --resume     # only what has no row yet of this machine and so many threads
 
 A convolution is the matrix of its kernels times the unfolded images, against PyTorch's own dense convolution: with the
 unfolding ("layer", what one would run today), and without it ("unfolded", the best that a sparse convolution could hope
 for). A linear layer is one product. "product" is the same product with a dense matrix. Each repeat times all ways in this
-process, in an order that turns; printed and written to benchmarks/results/sparse_paths.csv are medians of the ratios,
-sparse time over dense time: above 1, sparse is slower. 2:4 sparsity needs a GPU and is not measured here.
+process, in an order that turns; what is printed and kept, row by row, are medians of the ratios, sparse time over dense
+time: above 1, sparse is slower. 2:4 sparsity needs a GPU and is not measured here.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import paired
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RESULTS = Path(__file__).resolve().parent / "results" / "sparse_paths.csv"
+PAIRS = ("layer", "unfolded", "product")  # of a sparse way and a dense one
+COLUMNS = (
+    "layer", "sparsity", "batch", *(f"{pair}_{part}" for pair in PAIRS for part in ("ratio", "quartiles")),
+    "repeats", "threads", "torch", "hardware",
+)  # fmt: skip
+SAME = ("layer", "sparsity", "batch", "threads", "hardware")  # what a row stands for
 SPARSITIES = (0.9, 0.95, 0.98)
 # name: channels in, channels out, kernel, height and width; a kernel of 0 is a linear layer
 LAYERS = {
@@ -86,8 +91,8 @@ def measure(layer: str, sparsity: float, *, batch: int, repeats: int) -> dict[st
                     times[way].append(time.perf_counter() - started)
     row: dict[str, object] = {"layer": layer, "sparsity": sparsity, "batch": batch}
     whole = "csr and unfolding" if "csr and unfolding" in times else "csr"
-    pairs = {"layer": (whole, "dense"), "unfolded": ("csr", "dense"), "product": ("csr", "dense product")}
-    for name, (ours, theirs) in pairs.items():
+    sides = ((whole, "dense"), ("csr", "dense"), ("csr", "dense product"))
+    for name, (ours, theirs) in zip(PAIRS, sides, strict=True):
         ratios = [a / b for a, b in zip(times[ours], times[theirs], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         row |= {f"{name}_ratio": round(middle, 3), f"{name}_quartiles": f"{low:.3f} to {high:.3f}"}
@@ -98,30 +103,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Sparse matrices against dense ones on a CPU.")
     parser.add_argument("--repeats", type=int, default=15, help="times that each is timed (default: 15)")
     parser.add_argument("--batch-size", type=int, default=32, help="images or rows (default: 32)")
+    parser.add_argument("--threads", type=int, default=1, help="default: 1")
+    parser.add_argument("--resume", action="store_true", help="leave out what the table has of this machine")
+    parser.add_argument("--out", type=Path, default=paired.RESULTS / "sparse_paths.csv")
     given = parser.parse_args()
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    torch.set_num_threads(given.threads)
     surroundings = {
         "repeats": given.repeats,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "hardware": str(capabilities.get("cpu_name") or platform.processor() or platform.machine()),
+        "hardware": paired.processor(),
     }
-    rows = []
     for layer in LAYERS:
         for sparsity in SPARSITIES:
+            wanted = {"layer": layer, "sparsity": sparsity, "batch": given.batch_size, **surroundings}
+            if given.resume and any(paired.agree(line, wanted, SAME) for line in paired.read(given.out)):
+                continue
             row = measure(layer, sparsity, batch=given.batch_size, repeats=given.repeats)
             print(
                 f"{layer:<20} {sparsity:.0%}: CSR takes {row['layer_ratio']} of the dense layer's time "
                 f"({row['layer_quartiles']}), {row['unfolded_ratio']} without unfolding, "
                 f"{row['product_ratio']} of the dense product's"
             )
-            rows.append(row | surroundings)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written to {RESULTS.relative_to(Path(__file__).resolve().parent.parent)}")
+            paired.keep(given.out, COLUMNS, SAME, [row | surroundings])
 
 
 if __name__ == "__main__":

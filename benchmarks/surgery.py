@@ -1,29 +1,30 @@
 """What a surgery costs, against `copy.deepcopy` of the same model: time, peak memory, and growth with depth.
 
-    python benchmarks/surgery.py --out benchmarks/results/surgery.csv
+    python benchmarks/surgery.py
+    python benchmarks/surgery.py --resume          # only what has no row yet of this machine
 
 Times are CPU seconds of one thread; each repeat measures the copy and all surgeries one after the other, and what is
 printed is the median (least, most) of the ratios within the repeats. Memory is the largest resident size while the
 surgery runs above what was resident before it, as a multiple of the model's own bytes, in a process of its own; the
-surgery runs once before on a small model, so that libraries it loads are not counted.
+surgery runs once before on a small model, so that libraries it loads are not counted. Each model's rows take the place of
+its older ones when it is measured, so a run that was cut off leaves a whole table.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import functools
 import gc
 import multiprocessing
-import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import paired
 import torch
 import torchvision
 from torch import nn
@@ -37,17 +38,10 @@ SURGERIES: dict[str, Callable[[nn.Module], Any]] = {
     "swap_activations": functools.partial(st.swap_activations, to="mish", kinds=("relu", "silu")),
 }
 COLUMNS = (
-    "what",
-    "model",
-    "surgery",
-    "median",
-    "least",
-    "most",
-    "n",
-    "seconds_of_deepcopy",
-    "torch",
-    "hardware",
-)
+    "what", "model", "surgery", "median", "least", "most", "n",
+    "seconds_of_deepcopy", "threads", "torch", "hardware",
+)  # fmt: skip
+SAME = ("what", "model", "surgery", "threads", "hardware")  # what a row stands for
 
 
 class Block(nn.Module):
@@ -81,8 +75,9 @@ def seconds(operate: Callable[[nn.Module], Any], model: nn.Module) -> float:
     return spent
 
 
-def times(what: str, name: str, model: nn.Module, repeats: int) -> Iterator[dict[str, Any]]:
+def times(what: str, name: str, make: Callable[[], nn.Module], repeats: int) -> Iterator[dict[str, Any]]:
     """The ratio of each surgery's time to a deepcopy's."""
+    model = make()
     for operate in SURGERIES.values():
         operate(model)  # warm: what is loaded or compiled once
     rounds = []
@@ -99,14 +94,14 @@ def row(what: str, name: str, surgery: str, values: list[float]) -> dict[str, An
     middle, least, most = (f"{each:.3f}" for each in (statistics.median(values), min(values), max(values)))
     return {
         "what": what, "model": name, "surgery": surgery, "median": middle, "least": least, "most": most,
-        "n": len(values), "torch": torch.__version__, "hardware": hardware(),
+        "n": len(values), **machine(),
     }  # fmt: skip
 
 
-def hardware() -> str:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, one thread"
+def machine() -> dict[str, Any]:
+    return {
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "hardware": paired.processor(),
+    }  # fmt: skip
 
 
 def peak(name: str, surgery: str) -> float:
@@ -116,58 +111,57 @@ def peak(name: str, surgery: str) -> float:
     model = torchvision.models.get_model(name, weights=None)
     gc.collect()
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    result = SURGERIES[surgery](model)
-    above = resident("VmHWM") - before
-    del result
-    return above / size
+    return paired.extra_bytes(lambda: SURGERIES[surgery](model)) / size
 
 
-def resident(which: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(which):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"this system does not tell its {which}")
-
-
-def memory(name: str, repeats: int) -> Iterator[dict[str, Any]]:
+def memory(what: str, name: str, repeats: int) -> Iterator[dict[str, Any]]:
     """Peak memory of each surgery, each time in a process of its own."""
     for surgery in SURGERIES:
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             values = [pool.apply(peak, (name, surgery)) for _ in range(repeats)]
-        yield row("peak memory / model size", name, surgery, values)
+        yield row(what, name, surgery, values)
 
 
-def rows(repeats: int, depths: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+Measure = Callable[[], Iterator[dict[str, Any]]]
+
+
+def measures(repeats: int, depths: Sequence[int]) -> Iterator[tuple[str, str, Measure]]:
+    """What there is to measure, of which model, and what gives its rows, one for each surgery."""
+    ratio, space = "time / deepcopy", "peak memory / model size"
     for name in MODELS:
-        model = torchvision.models.get_model(name, weights=None)
-        yield from times("time / deepcopy", name, model, repeats)
-        del model
+        make: Callable[[], nn.Module] = functools.partial(torchvision.models.get_model, name, weights=None)
+        yield ratio, name, functools.partial(times, ratio, name, make, repeats)
     for name in MODELS:
-        yield from memory(name, min(repeats, 3))
-    for make in (chain, plain):
+        yield space, name, functools.partial(memory, space, name, min(repeats, 3))
+    for build in (chain, plain):
         for depth in depths:
-            yield from times("time / deepcopy", f"{make.__name__} of {depth}", make(depth), min(repeats, 3))
+            name, make = f"{build.__name__} of {depth}", functools.partial(build, depth)
+            yield ratio, name, functools.partial(times, ratio, name, make, min(repeats, 3))
+
+
+def done(lines: list[dict[str, Any]], what: str, model: str) -> bool:
+    """Whether a table has every surgery's row of this."""
+    wanted = [{"what": what, "model": model, "surgery": surgery, **machine()} for surgery in SURGERIES]
+    return all(any(paired.agree(line, each, SAME) for line in lines) for each in wanted)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "surgery.csv")
+    parser.add_argument("--out", type=Path, default=paired.RESULTS / "surgery.csv")
+    parser.add_argument("--resume", action="store_true", help="leave out what the table has of this machine")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("error", st.NoEffectWarning)  # a surgery that does nothing would be quick
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for each in rows(options.repeats, tuple(options.depths)):
-            writer.writerow(each)
-            file.flush()
+    for what, name, measure in measures(options.repeats, options.depths):
+        if options.resume and done(paired.read(options.out), what, name):
+            continue
+        rows = list(measure())
+        paired.keep(options.out, COLUMNS, SAME, rows)
+        for each in rows:
             text = "{what}: {model}, {surgery}: {median} ({least} to {most})"
             print(text.format(**each), flush=True)
 

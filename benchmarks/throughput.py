@@ -1,6 +1,7 @@
 """What the training loop costs over the bare step of the same network, and what its parts cost over those of others.
 
     python benchmarks/throughput.py --what loop
+    python benchmarks/throughput.py --resume       # only what has no row yet of this machine and so many threads
 
 - `loop`: an epoch of `train` (images drawn, cropped, flipped and normalised, masks kept, learning rate set, the loss
   summed; the evaluation after it left out) over the same number of bare steps: forward, loss, backward, SGD on one batch
@@ -19,9 +20,7 @@ are in the file already stay.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import platform
 import statistics
 import tempfile
 import time
@@ -31,6 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import paired
 import torch
 from torch import nn
 
@@ -40,13 +40,14 @@ from sparsetweaks.lottery.data import Data, Images, batches
 from sparsetweaks.lottery.models import build
 from sparsetweaks.pruning import prune
 
-RESULTS = Path(__file__).resolve().parent / "results" / "throughput.csv"
 COLUMNS = (
     "what", "model", "over", "median", "least", "most", "n",
-    "seconds", "seconds_over", "torch", "hardware",
+    "seconds", "seconds_over", "threads", "torch", "hardware",
 )  # fmt: skip
+SAME = ("what", "model", "over", "threads", "hardware")  # what a row stands for
 NETWORKS = {"resnet20": 16, "resnet18": 64}  # and their widths
 STEPS = {"resnet20": 4, "resnet18": 2}  # per repeat: some seconds each
+EPOCHS = {"resnet20": 5, "resnet18": 1}  # of the loop, per repeat
 SPARSITY = 0.9
 CIFAR_EPOCH = 45_000  # images: what the 9:1 split leaves to train on
 RECIPE = Recipe(epochs=1, precision="bfloat16")
@@ -112,17 +113,17 @@ def row(what: str, model: str, over: str, times: Timed) -> dict[str, Any]:
     ours, theirs = (f"{statistics.median(side):.4f}" for side in times)
     return {
         "what": what, "model": model, "over": over, "median": middle, "least": least, "most": most,
-        "n": len(ratios), "seconds": ours, "seconds_over": theirs, "torch": torch.__version__, "hardware": hardware(),
+        "n": len(ratios), "seconds": ours, "seconds_over": theirs, **machine(),
     }  # fmt: skip
 
 
-def hardware() -> str:
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    name = str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
-    return f"{name}, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
+def machine() -> dict[str, Any]:
+    return {
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "hardware": paired.processor(),
+    }  # fmt: skip
 
 
-def measure_loop(name: str, repeats: int) -> Iterator[dict[str, Any]]:
+def measure_loop(what: str, name: str, repeats: int) -> Iterator[dict[str, Any]]:
     """One training, and between its epochs as many bare steps."""
     steps = STEPS[name]
     data = random_data(steps * RECIPE.batch_size)
@@ -131,17 +132,17 @@ def measure_loop(name: str, repeats: int) -> Iterator[dict[str, Any]]:
     def after_epoch(done: loop.Trained) -> None:
         seen.append((done.seconds, bare(steps)))
 
-    loop.train(model, data, replace(RECIPE, epochs=repeats + 2), seed=0, on_epoch=after_epoch)
+    loop.train(model, data, replace(RECIPE, epochs=EPOCHS[name] * repeats + 2), seed=0, on_epoch=after_epoch)
     pairs = [
         (after - before, own) for (before, _), (after, own) in itertools.pairwise(seen[1:])
     ]  # one to warm up
-    yield row("training epoch", name, "bare steps", ([ours for ours, _ in pairs], [own for _, own in pairs]))
+    yield row(what, name, "bare steps", ([ours for ours, _ in pairs], [own for _, own in pairs]))
 
 
-def measure_pipeline(repeats: int) -> Iterator[dict[str, Any]]:
-    steps = STEPS["resnet20"]
+def measure_pipeline(what: str, name: str, repeats: int) -> Iterator[dict[str, Any]]:
+    steps = STEPS[name]
     data = random_data(steps * RECIPE.batch_size)
-    loader, bare = torchvision_loader(data), Bare("resnet20", data, RECIPE)
+    loader, bare = torchvision_loader(data), Bare(name, data, RECIPE)
 
     def ours() -> float:
         started, generator = clock(), torch.Generator().manual_seed(0)
@@ -155,8 +156,8 @@ def measure_pipeline(repeats: int) -> Iterator[dict[str, Any]]:
             images.contiguous(memory_format=torch.channels_last)
         return clock() - started
 
-    yield row("input pipeline", "", "torchvision in a DataLoader", timed(ours, theirs, repeats))
-    yield row("input pipeline", "resnet20", "bare steps", timed(ours, lambda: bare(steps), repeats))
+    yield row(what, "", "torchvision in a DataLoader", timed(ours, theirs, repeats))
+    yield row(what, name, "bare steps", timed(ours, lambda: bare(steps), repeats))
 
 
 def torchvision_loader(data: Data) -> Any:
@@ -186,7 +187,7 @@ def torchvision_loader(data: Data) -> Any:
     return torch.utils.data.DataLoader(Cifar(), RECIPE.batch_size, shuffle=True, drop_last=True)
 
 
-def measure_resume(name: str, repeats: int) -> Iterator[dict[str, Any]]:
+def measure_resume(what: str, name: str, repeats: int) -> Iterator[dict[str, Any]]:
     """A checkpoint holds weights, momentum, and the best and the rewinding weights: all that a run keeps."""
     steps = STEPS[name]
     data = random_data(steps * RECIPE.batch_size)
@@ -205,32 +206,27 @@ def measure_resume(name: str, repeats: int) -> Iterator[dict[str, Any]]:
             return clock() - started
 
         epoch = lambda: bare(steps) * CIFAR_EPOCH / (steps * RECIPE.batch_size)
-        yield row(
-            "checkpoint written and read",
-            name,
-            "epoch of 45,000 images",
-            timed(write_and_read, epoch, repeats),
-        )
+        yield row(what, name, "epoch of 45,000 images", timed(write_and_read, epoch, repeats))
 
 
-def measure_precision(name: str, repeats: int) -> Iterator[dict[str, Any]]:
+def measure_precision(what: str, name: str, repeats: int) -> Iterator[dict[str, Any]]:
     data, steps = random_data(RECIPE.batch_size), max(1, STEPS[name] // 2)
     ours = Bare(name, data, RECIPE)
     theirs = Bare(name, data, replace(RECIPE, precision="float32"), channels_last=False)
     yield row(
-        "step in bfloat16, channels_last", name, "float32, contiguous",
+        what, name, "float32, contiguous",
         timed(lambda: ours(steps), lambda: theirs(steps), repeats),
     )  # fmt: skip
 
 
-MEASURES: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
-    "loop": lambda repeats: measure_loop("resnet20", 5 * repeats),
-    "loop-wide": lambda repeats: measure_loop("resnet18", repeats),
-    "pipeline": measure_pipeline,
-    "resume": lambda repeats: measure_resume("resnet20", repeats),
-    "resume-wide": lambda repeats: measure_resume("resnet18", repeats),
-    "precision": lambda repeats: measure_precision("resnet20", repeats),
-    "precision-wide": lambda repeats: measure_precision("resnet18", repeats),
+MEASURES: dict[str, tuple[str, str, Callable[[str, str, int], Iterator[dict[str, Any]]]]] = {
+    "loop": ("training epoch", "resnet20", measure_loop),
+    "loop-wide": ("training epoch", "resnet18", measure_loop),
+    "pipeline": ("input pipeline", "resnet20", measure_pipeline),
+    "resume": ("checkpoint written and read", "resnet20", measure_resume),
+    "resume-wide": ("checkpoint written and read", "resnet18", measure_resume),
+    "precision": ("step in bfloat16, channels_last", "resnet20", measure_precision),
+    "precision-wide": ("step in bfloat16, channels_last", "resnet18", measure_precision),
 }
 
 
@@ -243,33 +239,25 @@ def main() -> None:
         "--repeats",
         type=int,
         default=9,
-        help="of each pair, 5 times as many of ResNet-20's loop (default: 9)",
+        help=f"of each pair, {EPOCHS['resnet20']} times as many of ResNet-20's loop (default: 9)",
     )
     parser.add_argument("--threads", type=int, default=1, help="(default: 1)")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--resume", action="store_true", help="leave out what the table has of this machine")
+    parser.add_argument("--out", type=Path, default=paired.RESULTS / "throughput.csv")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     vars(loop)["time"] = types.SimpleNamespace(
         perf_counter=clock
     )  # `train` tells its seconds by the same clock
-    for what in given.what:
-        for each in MEASURES[what](given.repeats):
+    for what, model, measure in (MEASURES[each] for each in given.what):
+        wanted = {"what": what, "model": model, **machine()}
+        one = [name for name in SAME if name != "over"]  # a measure's rows are kept together
+        if given.resume and any(paired.agree(line, wanted, one) for line in paired.read(given.out)):
+            continue
+        rows = list(measure(what, model, given.repeats))
+        paired.keep(given.out, COLUMNS, SAME, rows)
+        for each in rows:
             print("{what} {model} / {over}: {median} ({least} to {most})".format(**each), flush=True)
-            keep(given.out, each)
-
-
-def keep(path: Path, new: dict[str, Any]) -> None:
-    """Put a row in place of the one of the same things on the same hardware."""
-    same = ("what", "model", "over", "hardware")
-    rows = []
-    if path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [old for old in csv.DictReader(file) if any(old[name] != new[name] for name in same)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*rows, new])
 
 
 if __name__ == "__main__":

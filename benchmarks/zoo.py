@@ -65,6 +65,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paired
 import torch
 import zoo_models
 from torch import nn
@@ -765,26 +766,16 @@ def shake(model: nn.Module) -> nn.Module:
 def measured(operate: Callable[[], Any], model: nn.Module) -> tuple[Any, float, float]:
     """The result, its CPU seconds, and its peak memory above the start as a multiple of the model's size."""
     gc.collect()
-    reset = True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        reset = False
-    held = resident("VmRSS")
+    held = None
+    with contextlib.suppress(OSError):  # of a system that does not tell the peak
+        paired.forget_peak()
+        held = paired.resident("VmRSS")
     start = time.process_time()
     result = operate()
     seconds = time.process_time() - start
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
-    peak = (resident("VmHWM") - held) / size if reset and size else float("nan")
+    peak = (paired.resident("VmHWM") - held) / size if held is not None and size else float("nan")
     return result, round(seconds, 3), round(peak, 2)
-
-
-def resident(which: str) -> int:
-    """Bytes of resident memory, now (VmRSS) or at the peak (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(which):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def short(reason: str) -> str:

@@ -203,23 +203,25 @@ def speed() -> str:
         lines = list(csv.DictReader(file))
     number = lambda text: f"{float(text):.3g}" if text else ""
     rows = ["| what | ratio of | median (lowest to highest) | n | at most | |", "|---|---|---|---|---|---|"]
-    machines: dict[tuple[str, str], set[str]] = {}  # that each measure was taken on
+    machines: dict[tuple[str, str], set[tuple[str, str]]] = {}  # that each measure was taken on, and threads
     for line in lines:
-        machines.setdefault((line["what"], line["measure"]), set()).add(line["hardware"])
+        machines.setdefault((line["what"], line["measure"]), set()).add((line["hardware"], line["threads"]))
     for line in lines:
-        several = len(machines[line["what"], line["measure"]]) > 1
+        hardware, threads = map(set, zip(*machines[line["what"], line["measure"]]))
+        where = f", on {line['hardware']}" if len(hardware) > 1 else ""
+        where += f", {_threads(line)}" if len(threads) > 1 else ""
         spread = f" ({number(line['lowest'])} to {number(line['highest'])})" if line["lowest"] else ""
         if line["n"] == "1":
             spread = " (once)"
         cells = (
-            line["what"] + (f", on {line['hardware']}" if several else ""),
+            line["what"] + where,
             line["measure"],
             number(line["median"]) + spread,
             line["n"],
             number(line["target"]),
         )
         rows.append(f"| {' | '.join(cells)} | {line['met'] or line['note']} |")
-    where = " and ".join(dict.fromkeys(_machine(line["hardware"], line["threads"]) for line in lines))
+    where = " and ".join(dict.fromkeys(f"{line['hardware']}, {_threads(line)}" for line in lines))
     return "\n".join(
         [
             *rows,
@@ -229,10 +231,8 @@ def speed() -> str:
     )
 
 
-def _machine(hardware: str, threads: str) -> str:
-    """What times were measured on, once each: some benchmarks write their threads into the hardware's name too."""
-    name = re.sub(r", (\d+|one) threads?$", "", hardware)
-    return f"{name}, {threads} thread{'' if threads == '1' else 's'}"
+def _threads(line: dict[str, str]) -> str:
+    return f"{line['threads']} thread{'' if line['threads'] == '1' else 's'}"
 
 
 def zoo() -> str:

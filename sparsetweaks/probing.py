@@ -46,6 +46,13 @@ def cross_entropy(output: Any, targets: Any) -> Tensor:
     return nn.functional.cross_entropy(output, targets)
 
 
+def differentiate(value: Tensor, by: list[nn.Parameter], *, graph: bool = False) -> list[Tensor]:
+    """The gradient of `value`; zero for what it does not depend on."""
+    if not value.requires_grad:
+        return [torch.zeros_like(parameter) for parameter in by]
+    return list(torch.autograd.grad(value, by, create_graph=graph, allow_unused=True, materialize_grads=True))
+
+
 def is_pair(data: Any) -> bool:
     """Whether this is one batch (inputs, targets) rather than a sequence of them.
 

@@ -27,6 +27,7 @@ from sparsetweaks.probing import (
     check_iterable,
     check_pair,
     cross_entropy,
+    differentiate,
     is_pair,
     probe_copy,
     rng_restored,
@@ -75,7 +76,7 @@ def snip_scores(
         {'weight': tensor([[3., 2.]], dtype=torch.float64)}
     """
     probe = _Probe(model, weights, batch, loss)
-    gradients = probe.sum(lambda value: _differentiate(value, list(probe.weights.values())))
+    gradients = probe.sum(lambda value: differentiate(value, list(probe.weights.values())))
     scored = zip(probe.weights.items(), gradients, strict=True)
     return {name: (weight.detach() * gradient).abs() for (name, weight), gradient in scored}
 
@@ -130,12 +131,12 @@ def grasp_scores(
     def surviving(gradient: list[Tensor]) -> list[Tensor]:
         return [part if mask is None else part * mask for part, mask in zip(gradient, kept, strict=True)]
 
-    total = surviving(probe.sum(lambda value: _differentiate(value, flow)))
+    total = surviving(probe.sum(lambda value: differentiate(value, flow)))
 
     def along_total(value: Tensor) -> list[Tensor]:
-        gradient = surviving(_differentiate(value, flow, graph=True))
+        gradient = surviving(differentiate(value, flow, graph=True))
         product = sum((g.double() * t).sum() for g, t in zip(gradient, total, strict=True))
-        return _differentiate(torch.as_tensor(product), list(probe.weights.values()))
+        return differentiate(torch.as_tensor(product), list(probe.weights.values()))
 
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         products = probe.sum(along_total)
@@ -292,13 +293,6 @@ def _samples(pair: Pair) -> int:
     return 1
 
 
-def _differentiate(value: Tensor, by: list[nn.Parameter], *, graph: bool = False) -> list[Tensor]:
-    """The gradient of `value`; zero for what it does not depend on."""
-    if not value.requires_grad:
-        return [torch.zeros_like(parameter) for parameter in by]
-    return list(torch.autograd.grad(value, by, create_graph=graph, allow_unused=True, materialize_grads=True))
-
-
 def _ones(inputs: Tensor) -> Tensor:
     """One sample: ones in float64, or the given one where it counts something, as tokens do."""
     first = inputs[:1] if inputs.ndim else inputs
@@ -319,7 +313,7 @@ class _Linear(TorchFunctionMode):
 
 
 def _differentiate_within(value: Tensor, by: list[nn.Parameter]) -> list[Tensor]:
-    """`_differentiate` within the mode, for what a checkpoint computes again; torch's own functions would leave it."""
+    """`differentiate` within the mode, for what a checkpoint computes again; torch's own functions would leave it."""
     if not value.requires_grad:
         return [torch.zeros_like(parameter) for parameter in by]
     run: Any = torch.autograd.graph._engine_run_backward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import math
 import os
 import subprocess
@@ -31,6 +32,23 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     large = run(tmp_path / "out", "--device", "cpu")
     assert large.returncode == 1
     assert "add --tiny" in large.stderr
+
+
+def test_a_line_that_was_cut_off_counts_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    for name in ("gpu", "paired"):
+        monkeypatch.setitem(sys.modules, name, None)  # which puts back what was there
+        del sys.modules[name]
+    session, _ = importlib.import_module("gpu").session_of([str(tmp_path), "--device", "cpu", "--tiny"])
+    session.add("step", "a", milliseconds=[1.0, 2.0])
+    session.add("step", "b", milliseconds=3.0)
+    whole = session.table.read_text()
+    for cut in (1, 5, 50):
+        session.table.write_text(whole[:-cut])
+        assert not session.todo("step", "a")
+        assert session.todo("step", "b")
+        session.add("step", "b", milliseconds=3.0)
+        assert session.table.read_text() == whole
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from sparsetweaks.probing import (
     check_iterable,
     check_pair,
     cross_entropy,
+    differentiate,
     is_pair,
     probe_copy,
     rng_restored,
@@ -161,17 +162,17 @@ def learn_layer_scales(
         True
     """
     settings = _Settings(
-        order,
-        iterations,
-        scale_lr,
-        step_size,
-        gamma,
-        floor,
-        gradient_clip,
-        algorithm,
-        normalize,
-        overlap,
-        loss,
+        order=order,
+        iterations=iterations,
+        scale_lr=scale_lr,
+        step_size=step_size,
+        gamma=gamma,
+        floor=floor,
+        gradient_clip=gradient_clip,
+        algorithm=algorithm,
+        normalize=normalize,
+        overlap=overlap,
+        loss=loss,
     )
     search = _Search(model, settings)
     search.run(batch)
@@ -220,17 +221,17 @@ def find_layer_scales(
         True
     """
     settings = _Settings(
-        order,
-        iterations,
-        scale_lr,
-        step_size,
-        gamma,
-        floor,
-        gradient_clip,
-        algorithm,
-        normalize,
-        overlap,
-        loss,
+        order=order,
+        iterations=iterations,
+        scale_lr=scale_lr,
+        step_size=step_size,
+        gamma=gamma,
+        floor=floor,
+        gradient_clip=gradient_clip,
+        algorithm=algorithm,
+        normalize=normalize,
+        overlap=overlap,
+        loss=loss,
     )
     return _Search(model, settings).run(batch)
 
@@ -265,7 +266,7 @@ def scale_layers(model: Model, scales: Mapping[str, float]) -> Model:
     return _with_values(model, {name: parameters[name].detach() * scales[name] for name in scales})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Settings:
     order: int
     iterations: int
@@ -397,14 +398,14 @@ class _Search:
         kernels: AbstractContextManager[Any] = sdpa_kernel(_TWICE_DIFFERENTIABLE) if graph else nullcontext()
         with kernels:
             loss = self._loss(pair, "before the step")
-            gradient = _differentiate(loss, self.parameters, graph=graph)
+            gradient = differentiate(loss, self.parameters, graph=graph)
         parts = zip(gradient, self.masks, strict=True)
         return loss.item(), [part if mask is None else part * mask for part, mask in parts]
 
     def _twice(self, value: Tensor) -> list[Tensor]:
         """Differentiate what was made of a gradient: where the model checkpoints, its forward runs again here."""
         with sdpa_kernel(_TWICE_DIFFERENTIABLE):
-            return _differentiate(value, self.parameters)
+            return differentiate(value, self.parameters)
 
     def _norm(self, gradient: list[Tensor]) -> Tensor:
         if self.settings.algorithm == "adam":
@@ -431,7 +432,7 @@ class _Search:
                 for parameter, part in zip(self.parameters, step, strict=True):
                     parameter.sub_(part)
             loss = self._loss(pair, "after the step that is looked ahead to")
-            gradient = _differentiate(loss / self.settings.step_size, self.parameters)
+            gradient = differentiate(loss / self.settings.step_size, self.parameters)
             with torch.no_grad():
                 for parameter, value in zip(self.parameters, before, strict=True):
                     parameter.copy_(value)
@@ -516,13 +517,6 @@ class _Batches:
                 lambda t: t.float() if t.dtype in LOW_PRECISION else t, (inputs, targets)
             )
         return inputs, targets
-
-
-def _differentiate(value: Tensor, by: list[nn.Parameter], *, graph: bool = False) -> list[Tensor]:
-    """The gradient of `value`; zero for what it does not depend on."""
-    if not value.requires_grad:
-        return [torch.zeros_like(parameter) for parameter in by]
-    return list(torch.autograd.grad(value, by, create_graph=graph, allow_unused=True, materialize_grads=True))
 
 
 def _with_values(model: Model, values: Mapping[str, Tensor]) -> Model:
