@@ -2092,8 +2092,8 @@ def masks(draw: st.DrawFn, model: nn.Module) -> dict[str, Tensor]:
     Example:
         >>> from hypothesis import find
         >>> drawn = find(masks(build(Spec())), lambda drawn: "stem.weight" in drawn)
-        >>> {name: (mask.dtype, bool(mask.all())) for name, mask in drawn.items()}
-        {'blocks.0.conv.weight': (torch.bool, True), 'stem.weight': (torch.bool, True)}
+        >>> drawn["stem.weight"].dtype, bool(drawn["stem.weight"].all())
+        (torch.bool, True)
     """
     weights = maskable_weights(model)
     chosen = draw(st.lists(st.sampled_from(sorted(weights)), unique=True)) if weights else []
