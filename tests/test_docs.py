@@ -125,13 +125,13 @@ def test_every_interval_that_is_told_of_the_figures_is_in_their_tables():
     )
     told = " ".join(told.partition("\n## ")[0].split())
     known = set()
-    for path in figures.glob("*-digits.csv"):
+    for path in figures.glob("*.csv"):
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         known |= {(row["ratio_low"], row["ratio_high"]) for row in rows if row.get("ratio")}
     for path in figures.glob("*.claims.csv"):
-        known |= set(re.findall(r"\(([\d.]+) to ([\d.]+)\)", path.read_text(encoding="utf-8")))
-    intervals = set(re.findall(r"[,(] ?([\d.]+) to (\d[\d.]*\d)\b(?! %)", told))
+        known |= set(re.findall(r"\(([\d.,]+) to ([\d.,]+)\)", path.read_text(encoding="utf-8")))
+    intervals = set(re.findall(r"[,(] ?([\d.,]*\d) to (\d[\d.,]*\d)\b(?! %)", told))
     assert len(intervals) > 25
     assert intervals <= known
 
