@@ -24,6 +24,7 @@ class Progress:
         from tqdm.auto import tqdm
 
         self.total, self.unit, self.done, self.counted = total, unit, 0, 0
+        self.part = 0.0  # of the run that is under way
         self.shown = sys.stderr.isatty() or "ipykernel" in sys.modules
         self.bar = tqdm(total=total, unit=unit, disable=not self.shown, leave=False)
         self.started = self.logged = time.monotonic()
@@ -41,10 +42,14 @@ class Progress:
         """One more epoch of a training, where epochs are counted, for `on_epoch`."""
         self.counted += 1
         self.done = min(self.done + 1, self.total)
-        self.within(trained)
+        self._tell(trained)
 
     def within(self, trained: Trained) -> None:
         """One more epoch of a training, where something else is counted."""
+        self.part = trained.epochs / trained.total
+        self._tell(trained)
+
+    def _tell(self, trained: Trained) -> None:
         best = f"best in validation {100 * trained.validation:.1f} %"
         text = f"{trained.title}, epoch {trained.epochs} of {trained.total}, {best}"
         if self.shown:
@@ -63,6 +68,7 @@ class Progress:
     def so_far(self, done: int, total: int) -> None:
         """So many runs of so many."""
         self.counted += max(0, done - self.done)
+        self.part = self.part if done == self.done else 0.0
         self.done, self.total = done, total
         self.bar.total = total
         self.bar.update(done - self.bar.n)
@@ -77,7 +83,8 @@ class Progress:
 
     def left(self) -> str:
         """The time left, by the time it took so far."""
-        if not self.counted:
+        counted = self.counted + self.part
+        if not counted:
             return "time left not known yet"
-        seconds = (time.monotonic() - self.started) / self.counted * (self.total - self.done)
+        seconds = (time.monotonic() - self.started) / counted * (self.total - self.done - self.part)
         return f"{seconds:.0f} s left" if seconds < 90 else f"{seconds / 60:.0f} min left"

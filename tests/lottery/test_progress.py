@@ -74,6 +74,21 @@ def test_runs_are_counted(clock: list[float], capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.splitlines() == ["1 of 5 runs; 7 min left", "5 of 5 runs; 0 s left"]
 
 
+def test_the_run_under_way_counts_by_its_epochs(clock: list[float]) -> None:
+    with Progress(0, "run") as shown:
+        clock[0] += 10
+        shown.so_far(1, 3)
+        for epoch in (1, 2):
+            clock[0] += 5
+            shown.within(trained(epoch))
+        assert shown.left() == "20 s left"  # a run and a half took twenty
+        shown.so_far(1, 3)  # asked again, nothing new
+        assert shown.left() == "20 s left"
+        clock[0] += 10
+        shown.so_far(2, 3)
+        assert shown.left() == "15 s left"
+
+
 # TensorBoard's own code warns of what newer versions of its libraries will not have
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_event_files_are_read_back_by_tensorboard(tmp_path: Path) -> None:
