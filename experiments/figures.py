@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from sparsetweaks.lottery.figures import FIGURES
-from sparsetweaks.lottery.results import append_row, csv_of, read_table
+from sparsetweaks.lottery.rows import append_row, csv_of, read_table
 from sparsetweaks.lottery.spend import processor
 
 KEPT = Path(__file__).parent / "figures"

@@ -32,7 +32,7 @@ import sparsetweaks as st
 from sparsetweaks.lottery.config import Network, Recipe, key
 from sparsetweaks.lottery.data import Data, load
 from sparsetweaks.lottery.draw import draw_one_shot
-from sparsetweaks.lottery.results import append_row, read_rows
+from sparsetweaks.lottery.rows import append_row, read_rows
 from sparsetweaks.lottery.spend import computed, surroundings
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import Trained, accuracy, computes_in_bfloat16, train

@@ -25,7 +25,7 @@ import torch
 from sparsetweaks.lottery.config import VARIANTS, Network, Recipe, Tweaks
 from sparsetweaks.lottery.data import Data, load
 from sparsetweaks.lottery.draw import draw_one_shot
-from sparsetweaks.lottery.results import append_row, read_rows
+from sparsetweaks.lottery.rows import append_row, read_rows
 from sparsetweaks.lottery.spend import row, run_key, spend
 from sparsetweaks.lottery.store import Ticket, dense_ticket
 

@@ -18,7 +18,9 @@ from pathlib import Path
 from sparsetweaks.lottery.claims import POINTS, TIMES
 from sparsetweaks.lottery.config import VARIANTS
 from sparsetweaks.lottery.figures import FIGURES
-from sparsetweaks.lottery.results import Cell, grid_of, read_rows, read_table, summarise, table
+from sparsetweaks.lottery.rows import read_rows, read_table
+from sparsetweaks.lottery.summaries import Cell, summarise
+from sparsetweaks.lottery.tables import grid_of, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

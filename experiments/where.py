@@ -24,7 +24,7 @@ from sparsetweaks.lottery.config import RunError, Tweaks, variant
 from sparsetweaks.lottery.experiment import Experiment, spend_row, tickets_of
 from sparsetweaks.lottery.figures import PRESETS
 from sparsetweaks.lottery.reproduce import experiments
-from sparsetweaks.lottery.results import append_row, read_rows
+from sparsetweaks.lottery.rows import append_row, read_rows
 from sparsetweaks.lottery.spend import run_key
 from sparsetweaks.lottery.train import Trained
 

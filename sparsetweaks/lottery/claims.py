@@ -19,8 +19,8 @@ from sparsetweaks.lottery.contrasts import (
     times,
 )
 from sparsetweaks.lottery.figures import Claim, Reading
-from sparsetweaks.lottery.results import BASELINE, Cell, Summary
 from sparsetweaks.lottery.smoothness import ALL, BEST, KEPT
+from sparsetweaks.lottery.summaries import BASELINE, Cell, Summary
 
 KINDS: dict[str, Callable[..., Cell | None]] = {"gain": gain, "growth": growth, "distance": distance}
 EXPECTATIONS = {  # what is told where a contrast is beyond noise, and not what is expected

@@ -45,14 +45,17 @@ from sparsetweaks.lottery.options import (
     load_data,
     split,
 )
+from sparsetweaks.lottery.plots import plot
 from sparsetweaks.lottery.pools import NAME as POOLS
 from sparsetweaks.lottery.progress import Progress
 from sparsetweaks.lottery.ranks import joined, leads
 from sparsetweaks.lottery.report import report
 from sparsetweaks.lottery.reproduce import PRESETS, experiments, overview, reproduce
-from sparsetweaks.lottery.results import append_row, kept_runs, plot, read_rows, summarise, table
+from sparsetweaks.lottery.rows import append_row, kept_runs, read_rows
 from sparsetweaks.lottery.spend import seeds_of
 from sparsetweaks.lottery.store import Ticket, load_ticket
+from sparsetweaks.lottery.summaries import summarise
+from sparsetweaks.lottery.tables import table
 
 _TRAINING = {  # those of its trainings
     "epochs": "--epochs",

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sparsetweaks.lottery.results import BASELINE, Cell, grid_of
 from sparsetweaks.lottery.smoothness import Look
+from sparsetweaks.lottery.summaries import BASELINE, Cell
+from sparsetweaks.lottery.tables import grid_of
 
 
 class Place(NamedTuple):

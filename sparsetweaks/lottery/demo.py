@@ -9,7 +9,9 @@ from sparsetweaks.lottery.config import Network, Recipe
 from sparsetweaks.lottery.experiment import Experiment, Source, compare
 from sparsetweaks.lottery.files import check_writable
 from sparsetweaks.lottery.grid import Engine, run_all
-from sparsetweaks.lottery.results import plot, read_rows, summarise
+from sparsetweaks.lottery.plots import plot
+from sparsetweaks.lottery.rows import read_rows
+from sparsetweaks.lottery.summaries import summarise
 
 NETWORK = Network("resnet8", width=8)  # small enough for 17 runs per seed in about two minutes
 RECIPE = Recipe(epochs=12, batch_size=64, precision="float32", warmup_epochs=1)

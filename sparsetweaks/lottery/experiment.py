@@ -15,9 +15,10 @@ from sparsetweaks.lottery.draw import draw, draw_one_shot
 from sparsetweaks.lottery.grid import Engine, GridError, run_all, run_each
 from sparsetweaks.lottery.layouts import SPLIT_SEED
 from sparsetweaks.lottery.pools import pool, pool_row
-from sparsetweaks.lottery.results import BASELINE, append_row, kept_runs
+from sparsetweaks.lottery.rows import append_row, kept_runs
 from sparsetweaks.lottery.spend import named, row, spend
 from sparsetweaks.lottery.store import Ticket
+from sparsetweaks.lottery.summaries import BASELINE
 from sparsetweaks.lottery.train import Trained
 
 

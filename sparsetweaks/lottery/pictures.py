@@ -8,8 +8,9 @@ from typing import Any
 
 from sparsetweaks.analysis.figures import SURFACE_COLORS
 from sparsetweaks.lottery.contrasts import Place, Readings, geometric
-from sparsetweaks.lottery.results import Cell, appearance, png_of
+from sparsetweaks.lottery.plots import appearance, png_of
 from sparsetweaks.lottery.smoothness import ALL, BEST, EVERYTHING, KEPT, Look
+from sparsetweaks.lottery.summaries import Cell
 
 CONTOURS = 14
 DOTS = 110  # per inch

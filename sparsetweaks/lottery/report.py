@@ -11,15 +11,9 @@ from typing import Any
 
 from sparsetweaks.lottery.config import LotteryError
 from sparsetweaks.lottery.files import write
-from sparsetweaks.lottery.results import (
-    BASELINE,
-    COUNTED_LATER,
-    picture,
-    read_rows,
-    statistics,
-    summarise,
-    titled_rows,
-)
+from sparsetweaks.lottery.plots import picture
+from sparsetweaks.lottery.rows import COUNTED_LATER, read_rows
+from sparsetweaks.lottery.summaries import BASELINE, statistics, summarise, titled_rows
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }

@@ -24,9 +24,12 @@ from sparsetweaks.lottery.figures import (
 from sparsetweaks.lottery.files import write
 from sparsetweaks.lottery.grid import Engine, GridError, run_all
 from sparsetweaks.lottery.pictures import picture_of
-from sparsetweaks.lottery.results import Summary, csv_of, picture, statistics, summarise, table
+from sparsetweaks.lottery.plots import picture
+from sparsetweaks.lottery.rows import csv_of
 from sparsetweaks.lottery.smoothness import BEST, Look, look_at
 from sparsetweaks.lottery.spend import MEASURED_ON
+from sparsetweaks.lottery.summaries import Summary, statistics, summarise
+from sparsetweaks.lottery.tables import table
 from sparsetweaks.lottery.train import Trained
 
 

@@ -19,7 +19,7 @@ from sparsetweaks.errors import SurgeryError
 from sparsetweaks.lottery import ranks
 from sparsetweaks.lottery.config import LotteryError, Recipe, RunError, Tweaks, key
 from sparsetweaks.lottery.data import Data
-from sparsetweaks.lottery.results import COUNTED_LATER
+from sparsetweaks.lottery.rows import COUNTED_LATER
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import Trained, load_trained, precision_of, train
 from sparsetweaks.lottery.tweaking import tweaked

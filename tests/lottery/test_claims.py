@@ -9,8 +9,8 @@ import pytest
 from sparsetweaks.lottery.claims import POINTS, TIMES, Finding, accuracies, findings, verdict
 from sparsetweaks.lottery.contrasts import Readings, readings
 from sparsetweaks.lottery.figures import Claim, Reading
-from sparsetweaks.lottery.results import Cell
 from sparsetweaks.lottery.smoothness import ALL, KEPT, Look
+from sparsetweaks.lottery.summaries import Cell
 
 RISE = Reading("rise", KEPT)
 HIGHER = {"vanilla": (2.0, 4.0, 8.0), "swish": (1.0, 2.1, 3.9)}

@@ -21,7 +21,7 @@ from sparsetweaks.lottery.config import LotteryError, Recipe
 from sparsetweaks.lottery.grid import run_all
 from sparsetweaks.lottery.options import engine_of
 from sparsetweaks.lottery.reproduce import PRESETS
-from sparsetweaks.lottery.results import read_rows
+from sparsetweaks.lottery.rows import read_rows
 from sparsetweaks.lottery.store import load_ticket
 
 SMALL = ["--model", "resnet8", "--width", "4", "--epochs", "1", "--batch-size", "64", "--limit", "20"]

@@ -22,8 +22,8 @@ from sparsetweaks.lottery.contrasts import (
     table_of,
     times,
 )
-from sparsetweaks.lottery.results import Cell
 from sparsetweaks.lottery.smoothness import ALL, KEPT, Look
+from sparsetweaks.lottery.summaries import Cell
 
 HIGHER = {"vanilla": (2.0, 4.0, 8.0), "swish": (1.0, 2.1, 3.9)}
 

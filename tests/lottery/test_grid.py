@@ -27,7 +27,7 @@ from sparsetweaks.lottery.config import LotteryError, Network, Recipe, RunError
 from sparsetweaks.lottery.experiment import Experiment, Source, compare
 from sparsetweaks.lottery.grid import GridError, run_all, run_each
 from sparsetweaks.lottery.on_ray import on_ray
-from sparsetweaks.lottery.results import read_rows
+from sparsetweaks.lottery.rows import read_rows
 from sparsetweaks.lottery.train import Trained
 
 RECIPE = Recipe(epochs=2, batch_size=64, precision="float32")

@@ -15,7 +15,8 @@ from sparsetweaks.lottery.figures import FIGURES, PRESETS
 from sparsetweaks.lottery.files import save
 from sparsetweaks.lottery.report import report
 from sparsetweaks.lottery.reproduce import experiments, overview, reproduce
-from sparsetweaks.lottery.results import read_rows, summarise
+from sparsetweaks.lottery.rows import read_rows
+from sparsetweaks.lottery.summaries import summarise
 from sparsetweaks.lottery.train import load_trained, save_trained
 from sparsetweaks.lottery.train import train as real_train
 

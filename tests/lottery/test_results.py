@@ -13,19 +13,10 @@ import pytest
 from sparsetweaks.lottery.config import LotteryError, Network, Recipe
 from sparsetweaks.lottery.experiment import Experiment, Source, compare
 from sparsetweaks.lottery.grid import run_all
-from sparsetweaks.lottery.results import (
-    LATER,
-    Cell,
-    append_row,
-    kept_runs,
-    picture,
-    plot,
-    read_rows,
-    statistics,
-    summarise,
-    t_quantile,
-    table,
-)
+from sparsetweaks.lottery.plots import picture, plot
+from sparsetweaks.lottery.rows import LATER, append_row, kept_runs, read_rows
+from sparsetweaks.lottery.summaries import Cell, statistics, summarise, t_quantile
+from sparsetweaks.lottery.tables import table
 
 
 def row(variant: str, sparsity: float, seed: int, test: float) -> dict[str, object]:

@@ -25,7 +25,7 @@ from sparsetweaks.lottery import cli, commands, files
 from sparsetweaks.lottery.config import LotteryError, Recipe
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.draw import draw
-from sparsetweaks.lottery.results import append_row, read_rows
+from sparsetweaks.lottery.rows import append_row, read_rows
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 SMALL = ["--epochs", "4", "--batch-size", "64", "--limit", "20", "--precision", "float32"]

@@ -31,7 +31,7 @@ from sparsetweaks.lottery.files import FORMAT, check_writable
 from sparsetweaks.lottery.models import build
 from sparsetweaks.lottery.pools import SHARES, pool, pool_key, pool_row
 from sparsetweaks.lottery.pools import _neighbours as neighbours
-from sparsetweaks.lottery.results import COUNTED_LATER
+from sparsetweaks.lottery.rows import COUNTED_LATER
 from sparsetweaks.lottery.spend import row, run_key, spend, tweaked
 from sparsetweaks.lottery.store import Ticket, dense_ticket, load_ticket, save_ticket, ticket_path
 from sparsetweaks.lottery.train import train
