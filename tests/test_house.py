@@ -49,6 +49,8 @@ FLOORS = (
     ["analysis.activations", "analysis.calibration", "analysis.collapse"],
     ["analysis.curvature", "analysis.lanczos"],
     ["analysis.gradient_flow", "analysis.hessian"],
+    ["analysis.loss_shapes", "analysis.terrain"],
+    ["analysis.directions"],
     ["analysis.landscape"],
     ["analysis.flatness"],
     ["analysis.comparing"],

@@ -15,7 +15,8 @@ from sparsetweaks.analysis.hessian import (
     hessian_top_eigenvalues,
     hessian_trace,
 )
-from sparsetweaks.analysis.landscape import LossLine, LossPlane, input_loss_plane, loss_line, loss_plane
+from sparsetweaks.analysis.landscape import input_loss_plane, loss_line, loss_plane
+from sparsetweaks.analysis.loss_shapes import LossLine, LossPlane
 
 __all__ = [
     "ActivationSparsity",

@@ -19,7 +19,8 @@ from sparsetweaks.analysis.hessian import (
     hessian_top_eigenvalues,
     hessian_trace,
 )
-from sparsetweaks.analysis.landscape import LINE_RADIUS, POINTS, LossLine, loss_line
+from sparsetweaks.analysis.landscape import LINE_RADIUS, POINTS, loss_line
+from sparsetweaks.analysis.loss_shapes import LossLine
 from sparsetweaks.analysis.options import (
     Progress,
     check_choice,

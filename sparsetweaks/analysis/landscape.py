@@ -6,33 +6,33 @@ like along pruned weights, training never sees.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from sparsetweaks.analysis.directions import (
+    Direction,
+    cosine_of,
+    fitting,
+    fitting_pair,
+    input_directions,
+    move,
+    rescale,
+)
 from sparsetweaks.analysis.evaluation import (
     Batch,
     Batches,
-    Chunk,
     Data,
     Loss,
     check_cut,
     check_loss,
-    check_numbers,
     chunk_loss,
-    mean_loss,
-    reestimate_statistics,
-    table_text,
     undisturbed,
     working_copy,
 )
-from sparsetweaks.analysis.figures import COLORS, SURFACE_COLORS, label, new_figure
-from sparsetweaks.analysis.hessian import TopEigenvalues
-from sparsetweaks.analysis.lanczos import random_signs, random_vector
+from sparsetweaks.analysis.loss_shapes import EUCLIDEAN, OF_FILTERS, OF_INPUTS, LossLine, LossPlane
 from sparsetweaks.analysis.options import (
     Progress,
     check_choice,
@@ -43,210 +43,22 @@ from sparsetweaks.analysis.options import (
     check_whole,
     generator_of,
 )
-from sparsetweaks.analysis.subspace import Where, check_zeros, named_weights, new_seed, subspace
-from sparsetweaks.forms import masked_places
+from sparsetweaks.analysis.subspace import Where, check_zeros, new_seed
+from sparsetweaks.analysis.terrain import (
+    Terrain,
+    check_fixed,
+    check_same,
+    check_statistics,
+    masks_by_name,
+    state_of,
+)
 from sparsetweaks.masks import lift_masks
 from sparsetweaks.probing import is_pair
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Direction = Mapping[str, Tensor] | TopEigenvalues
-Weights = dict[str, Tensor]
-
 POINTS = 21
-CONTOURS = 20
 LINE_RADIUS = 0.5  # as far as PyHessian's example and the paper's figure 10 go along the top eigenvector
 PLANE_RADIUS = 1.0  # as in Li et al. (2018): at 1 every filter has moved by its own norm
 INPUT_RADIUS = 0.5  # half a standard deviation of normalised inputs
-
-EUCLIDEAN = "Euclidean distance"
-OF_FILTERS = "norms of each filter"
-OF_INPUTS = "root mean square change per input element"
-
-_SPACES = {
-    "kept": "the kept weights",
-    "all": "all weights",
-    "given": "given directions",
-    "inputs": "inputs",
-}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Results
-
-
-@dataclass(frozen=True, eq=False)
-class LossLine:
-    """The loss along a line.
-
-    Attributes:
-        positions: where, in `unit`.
-        losses: the mean loss at each; nan or infinite where the network diverges.
-        unit: of the positions.
-        between: whether the line runs from one network (position 0) to another (position 1).
-        kept: how many of the parameters' entries may be non-zero within the line.
-        weights: how many there are.
-    """
-
-    positions: tuple[float, ...]
-    losses: tuple[float, ...]
-    unit: str
-    between: bool
-    kept: int
-    weights: int
-
-    @property
-    def barrier(self) -> float:
-        """Between two networks: how far the loss rises above the straight line from one's loss to the other's.
-
-        The largest excess over the points of the grid; 0 if it never rises, which is called linearly connected.
-        """
-        if not self.between:
-            raise ValueError(
-                "a barrier is between two networks: use loss_line(to=other); along a direction see rise"
-            )
-        first, last = self.losses[0], self.losses[-1]
-        pairs = zip(self.positions, self.losses, strict=True)
-        return _worst(value - ((1 - t) * first + t * last) for t, value in pairs)
-
-    @property
-    def rise(self) -> float:
-        """The highest loss on the line less the one at position 0: along a direction, its sharpness."""
-        return _worst(value - self.losses[self.positions.index(0)] for value in self.losses)
-
-    def table(self) -> list[dict[str, Any]]:
-        """A row for each point: `position`, `loss`."""
-        return [{"position": t, "loss": v} for t, v in zip(self.positions, self.losses, strict=True)]
-
-    def __str__(self) -> str:
-        what = f"barrier {self.barrier:.4g}" if self.between else f"rise {self.rise:.4g}"
-        where = (
-            f"{self.kept:,} of {self.weights:,} weights move"
-            if not self.between
-            else (f"{self.kept:,} of {self.weights:,} weights kept between them")
-        )
-        return f"Loss line, {where}; positions in {self.unit}; {what}\n{table_text(self.table())}"
-
-    def plot(self) -> Figure:
-        """The loss against the position; between two networks also the straight line between their losses."""
-        figure, axes = new_figure()
-        axes.plot(self.positions, self.losses, color=COLORS[0], marker="o", markersize=3, label="loss")
-        if self.between:
-            ends = (self.losses[0], self.losses[-1])
-            axes.plot((0, 1), ends, color=COLORS[1], linestyle="--", label="straight line")
-            axes.legend()
-        title = f"barrier {self.barrier:.3g}" if self.between else ""
-        label(axes, x=f"position ({self.unit})", y="mean loss", title=title)
-        return figure
-
-
-@dataclass(frozen=True, eq=False)
-class LossPlane:
-    """The loss over a plane.
-
-    Attributes:
-        over: which weights random directions move, `"kept"` or `"all"`; `"given"` where the directions were given,
-            and `"inputs"` for a plane of inputs.
-        xs: positions along the first direction, in `unit`.
-        ys: positions along the second direction, in `unit`.
-        losses: a row for each of `ys`, with a value for each of `xs`.
-        unit: of the positions.
-        names: what the two directions are.
-        cosine: of the angle between the directions, as one vector each.
-        beside: the same over all weights, with `over="both"`.
-    """
-
-    over: str
-    xs: tuple[float, ...]
-    ys: tuple[float, ...]
-    losses: tuple[tuple[float, ...], ...] = field(repr=False)
-    unit: str
-    names: tuple[str, str]
-    cosine: float
-    beside: LossPlane | None = None
-
-    @property
-    def center(self) -> float:
-        """The loss of the network, or of the inputs, as given."""
-        return self.losses[self.ys.index(0)][self.xs.index(0)]
-
-    @property
-    def rise(self) -> float:
-        """The highest loss on the plane less the one at its centre."""
-        return _worst(value - self.center for row in self.losses for value in row)
-
-    def table(self) -> list[dict[str, Any]]:
-        """A row for each point: `over`, `x`, `y`, `loss`."""
-        rows = [
-            {"over": self.over, "x": x, "y": y, "loss": value}
-            for y, row in zip(self.ys, self.losses, strict=True)
-            for x, value in zip(self.xs, row, strict=True)
-        ]
-        return rows + (self.beside.table() if self.beside else [])
-
-    def __str__(self) -> str:
-        finite = self._finite()
-        text = (
-            f"Loss plane over {_SPACES[self.over]}, {len(self.xs)} x {len(self.ys)} points; positions in {self.unit}\n"
-            f"x: {self.names[0]}; y: {self.names[1]}; cosine {self.cosine:.2g}\n"
-            f"loss {self.center:.4g} at the centre, from {min(finite):.4g} to {max(finite):.4g}, "
-            f"{len(self.xs) * len(self.ys) - len(finite)} points not finite"
-        )
-        return f"{text}\n{self.beside}" if self.beside else text
-
-    def plot(self, *, logarithmic: bool = False) -> Figure:
-        """Filled contours of the loss; a cross marks the centre, and points that are not finite stay white.
-
-        Two planes side by side have the same colours.
-
-        Args:
-            logarithmic: space the contours evenly in the logarithm of the loss, which must be positive: shows
-                the basin where the rim is very high.
-        """
-        shown = [self, *([self.beside] if self.beside else [])]
-        finite = [value for plane in shown for value in plane._finite()]
-        low, high = min(finite), max(finite)
-        high = high if high > low else low + 1e-6 * max(abs(low), 1)  # a flat plane has one colour
-        if logarithmic and low <= 0:
-            raise ValueError(
-                f"the loss is {low:.3g} somewhere: it has no logarithm, so leave logarithmic out"
-            )
-        ends = (math.log(low), math.log(high)) if logarithmic else (low, high)
-        levels = torch.linspace(*ends, CONTOURS, dtype=torch.float64)
-        figure, panels = new_figure(columns=len(shown), size=(5.5 * len(shown), 4.5))
-        panels = list(panels) if len(shown) > 1 else [panels]
-        for plane, axes in zip(shown, panels, strict=True):
-            filled = axes.contourf(
-                plane.xs,
-                plane.ys,
-                [[value if math.isfinite(value) else math.nan for value in row] for row in plane.losses],
-                levels=(levels.exp() if logarithmic else levels).tolist(),
-                norm="log" if logarithmic else None,
-                cmap=SURFACE_COLORS,
-                extend="both",
-            )
-            axes.plot(0, 0, marker="+", color="white", markersize=10, markeredgewidth=2)
-            label(
-                axes,
-                x=f"{plane.names[0]} ({plane.unit})",
-                y=f"{plane.names[1]} ({plane.unit})",
-                title=f"over {_SPACES[plane.over]}",
-            )
-        figure.colorbar(filled, ax=panels, label="mean loss", format="%.3g")
-        return figure
-
-    def _finite(self) -> list[float]:
-        return [value for row in self.losses for value in row if math.isfinite(value)]
-
-
-def _worst(values: Iterable[float]) -> float:
-    """The largest, where nan counts as infinite."""
-    return max(math.inf if math.isnan(value) else value for value in values)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Lines
 
 
 def loss_line(
@@ -330,13 +142,13 @@ def loss_line(
     check_progress(progress)
     if to is None and masks != "union":
         raise ValueError("masks= is about two networks: a direction is taken as it is")
-    terrain = _Terrain(model, data, loss, batch_norm, dtype, chunk_size)
+    terrain = Terrain(model, data, loss, batch_norm, dtype, chunk_size)
     if to is not None:
         return _line_between(terrain, to, points, masks, dtype, progress)
     assert direction is not None
     positions = _positions(LINE_RADIUS if radius is None else radius, points)
-    along = _scaled(_fitting(direction, terrain), terrain.weights, scale)
-    states = (_moved(terrain.weights, (t, along)) for t in positions)
+    along = rescale(fitting(direction, terrain.weights), terrain.weights, scale)
+    states = (move(terrain.weights, (t, along)) for t in positions)
     losses = terrain.losses(states, len(positions), progress)
     return LossLine(
         tuple(positions),
@@ -349,7 +161,7 @@ def loss_line(
 
 
 def _line_between(
-    terrain: _Terrain,
+    terrain: Terrain,
     other: nn.Module,
     points: int,
     masks: str,
@@ -361,10 +173,10 @@ def _line_between(
     lifted = [(terrain.network, terrain.masks), (second, lift_masks(second))]
     for network, own in lifted:
         check_zeros(network, own)
-    kept = [_by_name(network, own) for network, own in lifted]
-    ends = [_state(terrain.network), _state(second)]
-    _check_same(*ends)
-    _check_fixed(terrain.network, second)
+    kept = [masks_by_name(network, own) for network, own in lifted]
+    ends = [state_of(terrain.network), state_of(second)]
+    check_same(*ends)
+    check_fixed(terrain.network, second)
     names = set(terrain.weights)
     if masks == "intersection":
         for end in ends:
@@ -392,10 +204,6 @@ def _kept_between(weight: Tensor, masks: Sequence[Tensor | None], rule: str) -> 
     whole = torch.ones_like(weight, dtype=torch.bool)
     first, second = (whole if mask is None else mask for mask in masks)
     return int((first & second if rule == "intersection" else first | second).sum())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Planes
 
 
 def loss_plane(
@@ -458,7 +266,7 @@ def loss_plane(
     check_progress(progress)
     check_choice("scale", scale, ("plain", "filter"))
     positions = _positions(radius, points)
-    terrain = _Terrain(model, data, loss, batch_norm, dtype, chunk_size)
+    terrain = Terrain(model, data, loss, batch_norm, dtype, chunk_size)
     if directions is None:
         draw = generator_of(generator)
         seeds = new_seed(draw), new_seed(draw)
@@ -470,11 +278,11 @@ def loss_plane(
     else:
         if over != "kept" or where is not None or one_dimensional:
             raise ValueError("over, where and one_dimensional are about random directions: leave them out")
-        pairs = {"given": _fitting_pair(directions, terrain)}
+        pairs = {"given": fitting_pair(directions, terrain.weights)}
         names = ("first direction", "second direction")
-    pairs = {each: [_scaled(part, terrain.weights, scale) for part in pair] for each, pair in pairs.items()}
+    pairs = {each: [rescale(part, terrain.weights, scale) for part in pair] for each, pair in pairs.items()}
     states = (
-        _moved(terrain.weights, (x, first), (y, second))
+        move(terrain.weights, (x, first), (y, second))
         for first, second in pairs.values()
         for y in positions
         for x in positions
@@ -483,7 +291,7 @@ def loss_plane(
     losses = terrain.losses(states, len(pairs) * size, progress)
     unit = EUCLIDEAN if scale == "plain" else OF_FILTERS
     planes = [
-        _plane(each, positions, losses[start : start + size], unit, names, _cosine(*pair))
+        _plane(each, positions, losses[start : start + size], unit, names, cosine_of(*pair))
         for (each, pair), start in zip(pairs.items(), range(0, len(losses), size), strict=True)
     ]
     return planes[0] if len(planes) == 1 else replace(planes[0], beside=planes[1])
@@ -554,13 +362,13 @@ def input_loss_plane(
         raise ValueError(f"a plane needs at least 2 elements per input, got shape {tuple(batch[0].shape)}")
     positions = _positions(radius, points)
     network = working_copy(model, batch_norm=batch_norm, dtype=dtype)
-    _check_statistics(batch_norm, chunk_size)
+    check_statistics(batch_norm, chunk_size)
     draw = generator_of(generator)
     with undisturbed(network):
         batches = Batches(batch, network, chunk_size=chunk_size)
         check_cut(network, batches, loss)
         chunks = list(batches)
-        around = _input_directions(network, chunks, loss, directions, draw)
+        around = input_directions(network, chunks, loss, directions, draw)
         losses: list[float] = []
         for y in positions:
             for x in positions:
@@ -577,186 +385,16 @@ def input_loss_plane(
         ("gradient's sign", "random signs") if directions == "gradient" else ("first random", "second random")
     )
     whole = [{str(number): pair[which] for number, pair in enumerate(around)} for which in (0, 1)]
-    cosine = _cosine(*whole)
+    cosine = cosine_of(*whole)
     return _plane("inputs", positions, losses, OF_INPUTS, names, cosine)
 
 
-def _input_directions(
-    network: nn.Module, chunks: list[Chunk], loss: Loss, directions: str, draw: torch.Generator
-) -> list[tuple[Tensor, Tensor]]:
-    """Two directions for each chunk's inputs: the random ones are drawn for the whole batch, however it is cut."""
-    whole = torch.cat([chunk.inputs for chunk in chunks])
-    counts = [chunk.examples for chunk in chunks]
-    if directions == "gradient":
-        firsts = [_gradient_sign(network, chunk, loss) for chunk in chunks]
-        seconds = random_signs(whole.reshape(-1), draw).reshape(whole.shape).split(counts)
-        return list(zip(firsts, seconds, strict=True))
-    first, second = (random_vector(whole.reshape(-1), draw).reshape(len(whole), -1) for _ in range(2))
-    first = _root_mean_square_of_one(first)
-    second = _root_mean_square_of_one(second - (first * second).mean(dim=1, keepdim=True) * first)
-    return list(
-        zip(first.reshape(whole.shape).split(counts), second.reshape(whole.shape).split(counts), strict=True)
-    )
-
-
-def _gradient_sign(network: nn.Module, chunk: Chunk, loss: Loss) -> Tensor:
-    inputs = chunk.inputs.clone().requires_grad_()
-    value = chunk_loss(network, chunk._replace(inputs=inputs * 1), loss)  # * 1: it may work in place
-    if not value.requires_grad:
-        raise ValueError("the loss has no gradient with respect to the inputs: use directions='random'")
-    (gradient,) = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
-    return gradient.sign()
-
-
-def _root_mean_square_of_one(rows: Tensor) -> Tensor:
-    return rows / rows.square().mean(dim=1, keepdim=True).sqrt()
-
-
 def _plane(
-    over: str,
-    positions: list[float],
-    losses: list[float],
-    unit: str,
-    names: tuple[str, str],
-    cosine: float,
+    over: str, positions: list[float], losses: list[float], unit: str, names: tuple[str, str], cosine: float
 ) -> LossPlane:
     side = len(positions)
     rows = tuple(tuple(losses[start : start + side]) for start in range(0, side * side, side))
     return LossPlane(over, tuple(positions), tuple(positions), rows, unit, names, cosine)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What they share
-
-
-class _Terrain:
-    """A copy of the network that is put at other weights, and its mean loss there."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        data: Data,
-        loss: Loss,
-        batch_norm: str,
-        dtype: torch.dtype | None,
-        chunk_size: int | None,
-    ) -> None:
-        check_choice("batch_norm", batch_norm, ("eval", "train", "reestimate"))
-        _check_statistics(batch_norm, chunk_size)
-        self.reestimates = batch_norm == "reestimate"
-        self.network = working_copy(model, batch_norm="eval" if self.reestimates else batch_norm, dtype=dtype)
-        self.masks = lift_masks(self.network)
-        self.weights = {name: p.detach().clone() for name, p in named_weights(self.network).items()}
-        self._data, self._loss, self._chunk_size = data, loss, chunk_size
-
-    def losses(self, states: Iterable[Weights], count: int, progress: Progress | None) -> list[float]:
-        """The mean loss at each state, after checking that of the given network."""
-        found: list[float] = []
-        with undisturbed(self.network):
-            batches = Batches(self._data, self.network, chunk_size=self._chunk_size)
-            check_cut(self.network, batches, self._loss)
-            check_loss(mean_loss(self.network, batches, self._loss))
-            held = _tensors_of(self.network)
-            for state in states:
-                with torch.no_grad():
-                    for name, value in state.items():
-                        held[name].copy_(value)
-                if self.reestimates:
-                    reestimate_statistics(self.network, batches)
-                found.append(mean_loss(self.network, batches, self._loss))
-                if progress:
-                    progress(len(found), count)
-        return found
-
-    def random_directions(
-        self, over: str, where: Where, one_dimensional: bool, seeds: Sequence[int]
-    ) -> list[Weights]:
-        space = subspace(self.network, self.masks, over=over, where=where)
-        if not one_dimensional and all(p.ndim <= 1 for p in space.parameters.values()):
-            raise ValueError("only biases and the like were chosen: say one_dimensional=True to move them")
-        drawn = [space.named(space.random(random_vector, seed)) for seed in seeds]
-        return [
-            {name: part for name, part in each.items() if one_dimensional or part.ndim > 1} for each in drawn
-        ]
-
-
-def _by_name(network: nn.Module, masks: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
-    return {name: masks[p] for name, p in named_weights(network).items() if p in masks}
-
-
-def _tensors_of(network: nn.Module) -> Weights:
-    """All that is interpolated: real and complex parameters, and buffers such as running statistics."""
-    return {**named_weights(network), **{n: b for n, b in _buffers_of(network).items() if _has_between(b)}}
-
-
-def _fixed_of(network: nn.Module) -> Weights:
-    """All that cannot be interpolated, but for counts of batches, which compute nothing here."""
-    tensors = {**dict(network.named_parameters()), **_buffers_of(network)}
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not (_has_between(tensor) or name.endswith("num_batches_tracked"))
-    }
-
-
-def _has_between(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _buffers_of(network: nn.Module) -> Weights:
-    """All but the masks of weights, in whatever form."""
-    masks = {id(mask) for place in masked_places(network) for mask in place.stored_masks()}
-    return {name: buffer for name, buffer in network.named_buffers() if id(buffer) not in masks}
-
-
-def _state(network: nn.Module) -> Weights:
-    return {name: tensor.detach().clone() for name, tensor in _tensors_of(network).items()}
-
-
-def _check_same(first: Weights, second: Weights) -> None:
-    apart = sorted(set(first) ^ set(second))
-    if apart:
-        raise ValueError(f"the two networks are of different architectures: only one has {apart[0]!r}")
-    check_numbers(first)
-    check_numbers(second)
-    for name, tensor in first.items():
-        if tensor.is_complex() != second[name].is_complex():
-            raise ValueError(
-                f"{name!r} is {tensor.dtype} in one network and {second[name].dtype} in the other: give both alike"
-            )
-        if tensor.shape != second[name].shape:
-            raise ValueError(
-                f"{name!r} has shape {tuple(tensor.shape)} in one network and {tuple(second[name].shape)} in the other"
-            )
-        other = second[name] = second[name].to(device=tensor.device, dtype=tensor.dtype)
-        if ((tensor != other) & ~(tensor.isfinite() & other.isfinite())).any():
-            raise ValueError(
-                f"{name!r} is infinite in one network where the other differs: nothing lies between them. Give both "
-                "the same"
-            )
-
-
-def _check_fixed(first: nn.Module, second: nn.Module) -> None:
-    """Refuse what cannot be interpolated and differs."""
-    ours, others = _fixed_of(first), _fixed_of(second)
-    for name, tensor in {**ours, **others}.items():
-        if name not in ours or name not in others or not _equal(ours[name], others[name]):
-            raise ValueError(
-                f"{name!r} ({tensor.dtype}) differs between the two networks, and there is nothing between its values: "
-                "give both the same"
-            )
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other.to(one.device))
-
-
-def _check_statistics(batch_norm: str, chunk_size: int | None) -> None:
-    if chunk_size is not None and batch_norm != "eval":
-        raise ValueError(
-            f"chunk_size cuts batches, which changes the statistics that batch_norm={batch_norm!r} uses: pass the "
-            "data in smaller batches instead"
-        )
 
 
 def _positions(radius: float, points: int) -> list[float]:
@@ -765,81 +403,3 @@ def _positions(radius: float, points: int) -> list[float]:
     check_odd("points", points)
     half = points // 2
     return [radius * step / half for step in range(-half, half + 1)]
-
-
-def _fitting(direction: Direction, terrain: _Terrain) -> Weights:
-    """A direction by parameter name, checked against the network."""
-    weights = terrain.weights
-    if isinstance(direction, TopEigenvalues):
-        direction = direction.vectors[0]
-    if not isinstance(direction, Mapping) or not direction:
-        raise ValueError(
-            "a direction is a dict of parameter name to tensor, or a result of hessian_top_eigenvalues"
-        )
-    for name, part in direction.items():
-        if name not in weights:
-            raise ValueError(f"the direction moves {name!r}, which is no parameter of the network")
-        if not isinstance(part, Tensor):
-            raise ValueError(f"the direction holds a {type(part).__name__} at {name!r}: give a tensor")
-        if part.is_complex() or weights[name].is_complex():
-            raise ValueError(
-                f"the direction is complex at {name!r}, or its weight is: give one of real weights"
-            )
-        if part.shape != weights[name].shape:
-            raise ValueError(
-                f"the direction has shape {tuple(part.shape)} at {name!r}, but its weight {tuple(weights[name].shape)}"
-            )
-        if not part.isfinite().all():
-            raise ValueError(f"the direction is not finite at {name!r}")
-    return {
-        name: part.detach().to(device=weights[name].device, dtype=weights[name].dtype)
-        for name, part in direction.items()
-    }
-
-
-def _fitting_pair(directions: object, terrain: _Terrain) -> list[Weights]:
-    if not isinstance(directions, (tuple, list)) or len(directions) != 2:
-        raise ValueError(
-            "directions are a pair, such as hessian_top_eigenvalues(..., k=2).vectors; or leave them out for random ones"
-        )
-    return [_fitting(each, terrain) for each in directions]
-
-
-def _scaled(direction: Weights, weights: Weights, scale: str) -> Weights:
-    """Of unit length, or each filter of the length of the weights' filter; a filter that is zero stays zero."""
-    length = math.sqrt(sum(part.double().square().sum().item() for part in direction.values()))
-    if length == 0:
-        raise ValueError("the direction is zero everywhere")
-    if scale == "plain":
-        return {name: part / length for name, part in direction.items()}
-    scaled = {}
-    for name, part in direction.items():
-        own, wanted = _filter_norms(part), _filter_norms(weights[name])
-        scaled[name] = part * torch.where(own > 0, wanted / torch.where(own > 0, own, 1), 0)
-    if not any(part.any() for part in scaled.values()):
-        raise ValueError(
-            "every filter along the direction is zero, so that nothing would move: use scale='plain'"
-        )
-    return scaled
-
-
-def _filter_norms(tensor: Tensor) -> Tensor:
-    if tensor.ndim <= 1:
-        return torch.linalg.vector_norm(tensor)
-    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True)
-
-
-def _moved(weights: Weights, *steps: tuple[float, Weights]) -> Weights:
-    moved = {}
-    for name, weight in weights.items():
-        for distance, direction in steps:
-            if name in direction:
-                weight = weight + distance * direction[name]
-        moved[name] = weight
-    return moved
-
-
-def _cosine(first: Weights, second: Weights) -> float:
-    lengths = [sum(part.double().square().sum().item() for part in each.values()) for each in (first, second)]
-    common = [(first[name].double() * second[name].double()).sum().item() for name in first if name in second]
-    return sum(common) / math.sqrt(lengths[0] * lengths[1]) if all(lengths) else 0.0

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 from sparsetweaks.analysis import hessian_top_eigenvalues, input_loss_plane, loss_line, loss_plane
+from sparsetweaks.analysis.directions import rescale
 from sparsetweaks.analysis.evaluation import Batches, reestimate_statistics, working_copy
-from sparsetweaks.analysis.landscape import LossLine, _scaled
+from sparsetweaks.analysis.loss_shapes import LossLine
+from sparsetweaks.analysis.terrain import Terrain
 from sparsetweaks.copying import copy_model
 from sparsetweaks.masks import apply_masks
 
@@ -118,15 +120,15 @@ def test_a_direction_of_some_parameters_scaled_by_filters():
 
 def test_filters_that_are_all_zero_stay():
     weights = {"w": torch.tensor([[0.0, 0.0], [3.0, 4.0]])}
-    scaled = _scaled({"w": torch.tensor([[1.0, 1.0], [0.0, 2.0]])}, weights, "filter")
+    scaled = rescale({"w": torch.tensor([[1.0, 1.0], [0.0, 2.0]])}, weights, "filter")
     assert scaled["w"].tolist() == [[0, 0], [0, 5]]
-    assert _scaled({"w": torch.tensor([[1.0, 1.0], [0.0, 0.0]])}, {"w": torch.ones(2, 2)}, "filter")["w"][
+    assert rescale({"w": torch.tensor([[1.0, 1.0], [0.0, 0.0]])}, {"w": torch.ones(2, 2)}, "filter")["w"][
         1
     ].tolist() == [0, 0]
     with pytest.raises(ValueError, match="zero everywhere"):
-        _scaled({"w": torch.zeros(2, 2)}, weights, "plain")
+        rescale({"w": torch.zeros(2, 2)}, weights, "plain")
     with pytest.raises(ValueError, match="nothing would move"):
-        _scaled({"w": torch.tensor([[1.0, 1.0], [0.0, 0.0]])}, weights, "filter")
+        rescale({"w": torch.tensor([[1.0, 1.0], [0.0, 0.0]])}, weights, "filter")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -357,17 +359,15 @@ def test_a_plane_stays_in_the_mask_and_is_the_same_in_every_form(form):
 
 def directions_of(monkeypatch, model, **options):
     """The states that a plane puts the network at."""
-    from sparsetweaks.analysis import landscape
-
     seen = []
-    real = landscape._Terrain.losses
+    real = Terrain.losses
 
     def watching(self, states, count, progress):
         states = list(states)
         seen.extend(states)
         return real(self, states, count, progress)
 
-    monkeypatch.setattr(landscape._Terrain, "losses", watching)
+    monkeypatch.setattr(Terrain, "losses", watching)
     plane = loss_plane(model, batch(), F.cross_entropy, points=3, **options)
     center = seen[4]
     return plane, [{name: seen[number][name] - center[name] for name in center} for number in (5, 7)], center
