@@ -6,6 +6,7 @@ the deciding one with every form of it as well; a third and three times as long,
 
     python experiments/where.py --out runs/digits --seeds 0 1 2 3 4
     python experiments/where.py --preset cifar10-small --data IMAGES --out runs/small
+    python experiments/where.py --preset cifar10-small --data IMAGES --out runs/small --lengths 1 --variants vanilla gelu
 
 What is in the folder, by this or by `reproduce`, is read back, so it goes on where it was.
 """
@@ -13,7 +14,7 @@ What is in the folder, by this or by `reproduce`, is read back, so it goes on wh
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,11 +58,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the lottery")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
     parser.add_argument("--lengths", type=float, nargs="+", default=LENGTHS, help="of the preset's epochs")
+    parser.add_argument("--variants", nargs="+", choices=(*EACH, *FORMS), help="only these; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    names = frozenset(options.variants or (*EACH, *FORMS))
     for seed in options.seeds or PRESETS[options.preset].seeds:
         for experiment, deciding in comparisons(options.preset, options.data, seed, options.lengths):
-            run(experiment, deciding, options.preset, options.out.resolve(), options.device)
+            run(experiment, deciding, names, options.preset, options.out.resolve(), options.device)
     print("every run is there")
 
 
@@ -97,13 +100,17 @@ def _brief(form: Tweaks, experiment: Experiment) -> Tweaks:
     return replace(form, scales={**(experiment.scales or {}), **form.scales})
 
 
-def run(experiment: Experiment, deciding: int, preset: str, out: Path, device: str) -> None:
-    """All cells of one seed, network and length that have no row yet; one that fails has its reason in another file."""
+def run(
+    experiment: Experiment, deciding: int, names: Container[str], preset: str, out: Path, device: str
+) -> None:
+    """The named cells of a seed, network and length that have no row yet; one that fails has its reason in another file."""
     (seed,), recipe = experiment.seeds, experiment.recipe
     show = partial(_show, last=recipe.epochs)
     rows, failed = out / f"where-{preset}.csv", out / f"where-{preset}.failed.csv"
     for ticket in tickets_of(experiment, out, device, seed, show):
         for name, tweaks in variants_at(ticket.level, experiment, deciding).items():
+            if name not in names:
+                continue
             key = run_key(ticket, tweaks, recipe, seed=seed, device=torch.device(device))
             if (key, name) in {(row["run"], row["variant"]) for row in read_rows(rows) + read_rows(failed)}:
                 continue

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -27,6 +27,26 @@ def test_every_level_is_spent_and_the_deciding_one_in_every_form(where: ModuleTy
         each[deciding - 1] += len(where.FORMS)
         assert found == [1, *each]
         assert not experiment.spent  # so that all levels are drawn
+
+
+def test_named_variants_alone_are_spent(
+    where: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    experiment, deciding = next(where.comparisons("digits", [], 0, [1.0]))
+    tickets = [SimpleNamespace(level=level) for level in range(experiment.levels + 1)]
+    monkeypatch.setattr(where, "tickets_of", lambda *_: tickets)
+    monkeypatch.setattr(where, "run_key", lambda ticket, tweaks, *_, **__: f"{ticket.level} {tweaks}")
+    monkeypatch.setattr(
+        where,
+        "spend_row",
+        lambda ticket, name, tweaks, *_, **__: {"run": f"{ticket.level} {tweaks}", "variant": name},
+    )
+    names = {"vanilla", "gelu"}
+    for _ in range(2):  # again: what has a row is left
+        where.run(experiment, deciding, names, "digits", tmp_path, "cpu")
+    rows = (tmp_path / "where-digits.csv").read_text().splitlines()[1:]
+    assert len(rows) == experiment.levels + 2
+    assert sum(row.endswith("gelu") for row in rows) == 1
 
 
 def test_other_lengths_spend_the_deciding_level_alone(where: ModuleType) -> None:
