@@ -108,6 +108,8 @@ def where() -> str:
                     if sparsity:
                         place = f"{100 * sparsity:.3g} %, {epochs} epochs"
                         places[place] = {name: cell for name, cell in cells.items() if name in VARIANTS}
+                if len(spent := [cells for sparsity, cells in summary.items() if sparsity]) > 1:
+                    places[f"mean of these, {epochs} epochs"] = _mean(spent)
             others = ", and other lengths" if len(lengths) > 1 else ""
             parts += [
                 f"{title.split(', iterative')[0]}{others}:",
@@ -121,6 +123,16 @@ def where() -> str:
                 "",
             ]
     return "\n".join(parts[:-1]) if parts else "Not run yet."
+
+
+def _mean(places: list[dict[str, Cell]]) -> dict[str, Cell]:
+    """What the variants that are in all places come to on average over them, by seed."""
+    names = [name for name in places[0] if name in VARIANTS and all(name in cells for cells in places)]
+    found = {}
+    for name in names:
+        seeds = set.intersection(*(set(cells[name].by_seed) for cells in places))
+        found[name] = Cell({s: sum(cells[name].by_seed[s] for cells in places) / len(places) for s in seeds})
+    return found
 
 
 def _groups(rows: list[dict[str, str]], column: str) -> dict[str, list[dict[str, str]]]:

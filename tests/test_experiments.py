@@ -8,6 +8,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from sparsetweaks.lottery.summaries import Cell
+
 FOLDER = Path(__file__).parent.parent / "experiments"
 
 
@@ -54,3 +56,16 @@ def test_other_lengths_spend_the_deciding_level_alone(where: ModuleType) -> None
         assert experiment.spent == (deciding,)
         assert not where.variants_at(deciding + 1, experiment, deciding)
         assert list(where.variants_at(deciding, experiment, deciding)) == list(where.EACH)
+
+
+def test_means_over_places_are_by_seed_and_of_what_is_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    mean = import_module("report")._mean
+    sys.modules.pop("report")
+    found = mean(
+        [
+            {"vanilla": Cell({0: 80.0, 1: 90.0, 2: 70.0}), "AT": Cell({0: 81.0}), "mish": Cell({0: 99.0})},
+            {"vanilla": Cell({0: 60.0, 1: 50.0}), "AT": Cell({0: 62.0})},
+        ]
+    )
+    assert found == {"vanilla": Cell({0: 70.0, 1: 70.0}), "AT": Cell({0: 71.5})}
