@@ -130,8 +130,21 @@ def _convert(place: Place, mask: Tensor, to: Target, model: nn.Module) -> None:
 
 
 def make_permanent(place: Place, model: nn.Module) -> None:
-    """Turn a masked parameter, of a copy of ours, into an ordinary one that is zero where it was pruned."""
+    """Turn a masked parameter, of a copy of ours, into an ordinary one that is zero where it was pruned.
+
+    It takes the place that it had before it was masked, as far as the module's own order or torch's habit tells.
+    """
+    module, attribute = place.module, place.attribute
     _take_off(place, model, zeros_stay=True)
+    keys = list(module._parameters)
+    bias = attribute.replace("weight", "bias")
+    if natural := getattr(module, "_flat_weights_names", None):  # recurrent layers say
+        keys.sort(key=lambda key: natural.index(key) if key in natural else len(natural))
+    elif bias in keys and keys.index(bias) < keys.index(attribute):  # torch put what it masked last
+        keys.remove(attribute)
+        keys.insert(keys.index(bias), attribute)
+    with unwritten(module):
+        _reorder(module, keys)
 
 
 def _check_that_nothing_is_lost(place: Place, mask: Tensor, to: Target) -> None:
@@ -224,10 +237,6 @@ def _take_off_torch_prune(module: nn.Module, attribute: str) -> None:
     del module._buffers[attribute + "_mask"]
     parameter = module._parameters[attribute + "_orig"]
     keys = [attribute if key == attribute + "_orig" else key for key in module._parameters]
-    bias = attribute.replace("weight", "bias")
-    if bias in keys and keys.index(bias) < keys.index(attribute):  # torch put what it masked last
-        keys.remove(attribute)
-        keys.insert(keys.index(bias), attribute)
     _reorder(module, keys)
     setattr(module, attribute, parameter)  # as torch's own `remove` does: recurrent layers listen
 

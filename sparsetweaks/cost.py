@@ -19,7 +19,14 @@ from sparsetweaks.copying import check_model, copy_model
 from sparsetweaks.export import plain_state
 from sparsetweaks.masks import find_masks, masks_by_parameter
 from sparsetweaks.probing import rng_restored
-from sparsetweaks.prunable import check_dense, check_values, plain_zeros, select_weights, warn_of_zeros
+from sparsetweaks.prunable import (
+    check_dense,
+    check_values,
+    is_lazy,
+    plain_zeros,
+    select_weights,
+    warn_of_zeros,
+)
 from sparsetweaks.sparse_file import size as sparse_size
 
 _aten = torch.ops.aten
@@ -166,7 +173,10 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
 def counted(model: nn.Module, inputs: Any) -> Cost:
     """`cost` without its warning, for whoever tells of plain zeros in another way."""
     check_dense(dict([*model.named_parameters(), *model.named_buffers()]))
-    check_values(find_masks(model))
+    check_values(
+        {name: parameter for name, parameter in model.named_parameters() if is_lazy(parameter)}
+        | find_masks(model)
+    )
     copied = copy_model(model).eval()
     masks = masks_by_parameter(copied)
     masks |= plain_zeros(select_weights(copied), masks)
@@ -295,6 +305,10 @@ def _names_of_running(model: nn.Module) -> Iterator[Callable[[], str]]:
     stack: list[str] = []
     handles = []
     for name, module in model.named_modules():
+        if isinstance(
+            module, torch.jit.ScriptModule
+        ):  # takes no hooks: what it does counts for the module around it
+            continue
 
         def enter(module: nn.Module, args: Any, name: str = name) -> None:
             stack.append(name)

@@ -45,8 +45,9 @@ def remove_masks(model: Model) -> Model:
     """Return an ordinary copy of `model`: its masks made permanent and gone, the pruned weights exactly zero.
 
     All forms of masks go: our buffers, `torch.nn.utils.prune`'s `weight_orig` and hooks, mask parametrizations.
-    What is left has the `state_dict` keys, in their order, and the outputs of a model that never was masked. Nothing
-    holds the zeros any more if it is trained on.
+    What is left has the `state_dict` keys and the outputs of a model that never was masked, and the keys' order where
+    a weight comes before its bias, or the layer is recurrent; `torch.nn.utils.prune` puts other weights last, and there
+    they stay. Nothing holds the zeros any more if it is trained on.
 
     Args:
         model: any module, masked or not. It is not changed.
@@ -146,8 +147,11 @@ def export(
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The `state_dict` without masks: keys as of a model that never was masked, pruned weights exactly zero."""
-    return dict(remove_masks(model).state_dict())
+    """The `state_dict` without masks: keys as of a model that never was masked, pruned weights exactly zero.
+
+    With the versions of its modules, as `load_state_dict` of some asks for them.
+    """
+    return remove_masks(model).state_dict()
 
 
 @contextmanager

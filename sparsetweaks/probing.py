@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from sparsetweaks.calling import LOW_PRECISION, tensors
 from sparsetweaks.copying import copy_model
 from sparsetweaks.errors import SurgeryError
-from sparsetweaks.recipe.labels import check_targets
+from sparsetweaks.recipe.labels import as_targets, check_targets
 
 Pair = tuple[Any, Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -42,8 +42,13 @@ def cross_entropy(output: Any, targets: Any) -> Tensor:
             f"cross entropy needs tensors, got {type(output).__name__} and {type(targets).__name__}: "
             "pass loss=, a function of what the model returns and the targets"
         )
+    if output.ndim < 2:
+        raise SurgeryError(
+            f"cross entropy needs logits (N, C, ...), and the model returned {tuple(output.shape)}: pass loss=, a function "
+            "of what it returns and the targets"
+        )
     check_targets(output, targets, wait=True)
-    return nn.functional.cross_entropy(output, targets)
+    return nn.functional.cross_entropy(output, as_targets(targets))
 
 
 def differentiate(value: Tensor, by: list[nn.Parameter], *, graph: bool = False) -> list[Tensor]:

@@ -16,6 +16,7 @@ values 0.05 of the dense bytes; a mask that keeps nearly all costs 1/32 more tha
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import hashlib
 import json
@@ -94,6 +95,11 @@ def write(file: BinaryIO, state: Mapping[str, Tensor], masks: Mapping[str, Tenso
     Raises:
         SurgeryError: something in `state` is no dense tensor with values, or of a dtype that is unknown.
     """
+    if lost := sorted(set(masks) - set(state)):
+        raise SurgeryError(
+            f"{lost[0]!r} has a mask, and the state_dict has no such name (a layer that saves it under another?): its mask "
+            "would be lost. Use format='torch', which holds the zeros alone"
+        )
     header, parts = _plan(state, masks)
     checksum = hashlib.sha256(header)
     for _, part in parts:
@@ -133,7 +139,11 @@ def _plan(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[byt
         }
         parts += [(name if part == "dense" else f"{name}/{part}", value) for part, value in stored.items()]
     parts.sort(key=lambda part: -part[1].itemsize)  # aligned, as the longest numbers come first
-    described = {"version": VERSION, "checksum": _NO_CHECKSUM, "order": list(state), "tensors": tensors}
+    versions = {
+        name: each["version"] for name, each in getattr(state, "_metadata", {}).items() if "version" in each
+    }
+    described: dict[str, Any] = {"version": VERSION, "checksum": _NO_CHECKSUM, "order": list(state)}
+    described |= {"tensors": tensors, "modules": versions}
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT, FORMAT: json.dumps(described)}}
     begin = 0
     for key, part in parts:
@@ -250,7 +260,10 @@ def read(path: str | os.PathLike[str]) -> Contents:
         state |= dict.fromkeys([name, *entry["tied"]], tensor)
         if mask is not None:
             masks |= dict.fromkeys(entry["masked"], mask)
-    return Contents({name: state[name] for name in described["order"]}, masks)
+    ordered = collections.OrderedDict((name, state[name]) for name in described["order"])
+    if versions := described.get("modules"):  # files of earlier versions lack them
+        ordered._metadata = {name: {"version": each} for name, each in versions.items()}  # type: ignore[attr-defined]
+    return Contents(ordered, masks)
 
 
 def _header(path: Any, data: bytearray) -> tuple[dict[str, Any], int]:

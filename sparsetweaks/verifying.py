@@ -140,7 +140,7 @@ def verify(
     masks, found = find_masks(before, zeros=zeros), find_masks(after, zeros=zeros)
     check_values(masks | found)
     checks = [
-        _check_masks(masks, found, old, zeros),
+        _check_masks(masks, found, old, new, zeros),
         _check_zeros(masks, new),
         _check_names(old, new),
         _check_properties(old, new),
@@ -230,11 +230,22 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _check_masks(
-    masks: Mapping[str, Tensor], found: Mapping[str, Tensor], old: Mapping[str, _Held], zeros: bool
+    masks: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    old: Mapping[str, _Held],
+    new: Mapping[str, _Held],
+    zeros: bool,
 ) -> Check:
     if not masks:
         hint = "" if zeros else " (zeros=True reads plain zeros)"
         return Check("masks", None if not found else False, f"none before{hint}, {len(found)} now")
+    of_found = {id(new[name].tensor): found[name] for name in found if name in new}
+    elsewhere = {
+        name: of_found[id(new[name].tensor)]
+        for name in masks
+        if name in new and id(new[name].tensor) in of_found
+    }
+    found = {**elsewhere, **found}  # a tied weight is masked under whichever of its names
     faults = [f"{name!r} has lost its mask" for name in masks if name not in found]
     faults += [
         f"{name!r} keeps {int(found[name].sum()):,} weights, was {int(mask.sum()):,}"
@@ -244,9 +255,9 @@ def _check_masks(
         if name in found and not _equal(mask, found[name])
     ]
     of_masked = {id(old[name].tensor) for name in masks if name in old}
-    new = [name for name in found if name not in masks]
-    tied = [name for name in new if name in old and id(old[name].tensor) in of_masked]
-    faults += [f"{name!r} has a mask now" for name in new if name not in tied]
+    added = [name for name in found if name not in masks]
+    tied = [name for name in added if name in old and id(old[name].tensor) in of_masked]
+    faults += [f"{name!r} has a mask now" for name in added if name not in tied]
     return _judge("masks", faults, f"{len(masks)} as they were")
 
 
@@ -454,16 +465,22 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     """Equal values, NaN like NaN."""
     if one.shape != other.shape:
         return False
-    other = other.to(one.device)
+    one, other = _dense(one), _dense(other.to(one.device))
     return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _gap(one: Tensor, other: Tensor) -> float:
     if one.shape != other.shape or not one.numel():
         return float("inf")
+    one, other = _dense(one), _dense(other)
     wide = torch.complex128 if one.is_complex() else torch.float64
     gap = (one.detach().to(wide) - other.detach().to(one.device, wide)).abs()
     return float(gap.nan_to_num(nan=float("inf")).max())
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Sparse tensors, gradients of embeddings say, as what they stand for."""
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 def _by_how_much(gap: float) -> str:

@@ -283,3 +283,18 @@ def test_the_given_model_keeps_its_parametrizations(form):
     convert_masks(copied, to="buffers")
     assert parametrize.is_parametrized(copied, "weight")
     assert torch.equal(copied(inputs()), model(inputs()))
+
+
+def test_from_torchs_form_too_the_order_and_the_optimizers_state_stay():
+    norm = nn.BatchNorm1d(4)
+    torch_prune.random_unstructured(norm, "weight", 1)
+    optimizer = torch.optim.SGD(norm.parameters(), 0.1, momentum=0.9)
+    norm(torch.randn(8, 4)).square().sum().backward()
+    optimizer.step()
+    for to in ("buffers", "zeros"):
+        converted = convert_masks(norm, to=to)
+        assert [name for name, _ in converted.named_parameters()] == ["bias", "weight"]  # torch put it last
+        other = torch.optim.SGD(converted.parameters(), 0.1, momentum=0.9)
+        other.load_state_dict(optimizer.state_dict())
+        moved = other.state[converted.weight]["momentum_buffer"]
+        assert torch.equal(moved, optimizer.state[norm.weight_orig]["momentum_buffer"])

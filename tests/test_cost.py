@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -327,3 +328,17 @@ def test_a_complex_convolution_counts_its_masks_too():
     ticket = st.apply_masks(layer, {"weight": torch.arange(48).view(4, 4, 3) % 4 == 0})
     found = cost(ticket, torch.zeros(1, 4, 5, dtype=torch.complex64))
     assert found.nonzeros == 12 and found.flops // 4 <= found.effective_flops < found.flops
+
+
+def test_scripted_modules_count_for_the_module_around_them():
+    plain = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's scripting retires
+        scripted = nn.Sequential(plain[0], torch.jit.script(nn.ReLU()))
+    x = torch.randn(1, 4, 5, 5)
+    assert cost(scripted, x).flops == cost(plain, x).flops
+
+
+def test_a_lazy_model_is_named():
+    with pytest.raises(st.SurgeryError, match="run one batch through the lazy model first"):
+        cost(nn.Sequential(nn.LazyLinear(3)), torch.randn(2, 4))

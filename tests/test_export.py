@@ -449,3 +449,51 @@ def test_onnx_says_what_to_install(tmp_path, monkeypatch):
         with pytest.raises(kind, match=r"needs the package onnx.*: pip install onnx onnxscript onnxruntime"):
             export(network(), tmp_path / "model.onnx", format="onnx", inputs=IMAGES)
     assert os.listdir(tmp_path) == []
+
+
+class Versioned(nn.Linear):
+    """A layer whose loading asks for the version of what it loads, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, *rest: object) -> None:
+        if metadata.get("version") not in (1, 2):
+            raise ValueError(f"version should be 1 or 2, not {metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_what_is_written_carries_the_versions_of_its_modules(tmp_path):
+    model = sw.prune(nn.Sequential(Versioned(8, 8), nn.Linear(8, 2)), 0.5)
+    export(model, tmp_path / "weights.pt")
+    export(model, tmp_path / "weights.safetensors", format="sparse")
+    fresh = nn.Sequential(Versioned(8, 8), nn.Linear(8, 2))
+    fresh.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    again = load_sparse(tmp_path / "weights.safetensors", into=fresh)
+    state = load_sparse(tmp_path / "weights.safetensors")
+    assert torch.equal(again[0].weight_mask, model[0].weight_mask)
+    assert {name: each["version"] for name, each in state._metadata.items()} == {"": 1, "0": 2, "1": 1}
+    fresh.load_state_dict(state)
+
+
+class Renaming(nn.Linear):
+    """A layer whose state_dict has another name for its weight."""
+
+    def _save_to_state_dict(self, state: dict, prefix: str, keep: bool) -> None:
+        super()._save_to_state_dict(state, prefix, keep)
+        state[prefix + "kernel"] = state.pop(prefix + "weight")
+
+
+def test_a_mask_that_the_sparse_file_has_no_name_for_is_not_lost_in_silence(tmp_path):
+    model = sw.prune(nn.Sequential(Renaming(30, 30), nn.Linear(30, 2)), 0.5)
+    with pytest.raises(sw.SurgeryError, match=r"'0\.weight' has a mask, and the state_dict has no such name"):
+        export(model, tmp_path / "weights.safetensors", format="sparse")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recurrent_layer_gets_its_order_back():
+    layer = nn.LSTM(4, 4)
+    before = list(layer.state_dict())
+    torch_prune.random_unstructured(layer, "weight_ih_l0", 0.5)
+    ordinary = remove_masks(layer)
+    assert list(ordinary.state_dict()) == before
+    ordinary(torch.randn(2, 3, 4))

@@ -274,3 +274,22 @@ def test_models_with_arguments_and_outputs_of_many_kinds():
 def test_only_models_are_verified():
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         verify(small_model(), {})
+
+
+def test_sparse_gradients_are_compared():
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2))
+    words = torch.tensor([0, 1])
+    assert not verify(model, copy_model(model), inputs=words, neutral=True).failed
+    other = copy_model(model)
+    with torch.no_grad():
+        other[1].weight.add_(1)
+    assert verify(model, other, inputs=words, neutral=True).failed
+
+
+def test_a_tied_weight_is_masked_under_whichever_of_its_names():
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    masked = convert_masks(
+        prune(nn.Sequential(first, nn.ReLU(), second, nn.Linear(4, 2)), 0.5), to="torch_prune"
+    )
+    assert not verify(masked, convert_masks(masked, to="zeros"), zeros=True).failed

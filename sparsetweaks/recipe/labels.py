@@ -133,10 +133,11 @@ class SoftLabelLoss(nn.Module):
         if logits.ndim < 2 or logits.shape[1] < 2:
             raise ValueError(f"logits must be (N, C, ...) with at least 2 classes, got {tuple(logits.shape)}")
         check_targets(logits, labels, ignore_index=self.ignore_index)
+        wide = _at_least_float32(logits)
         return F.cross_entropy(
-            _at_least_float32(logits),
-            _at_least_float32(_as_targets(labels)),
-            weight=self.weight,
+            wide,
+            _at_least_float32(as_targets(labels)),
+            weight=None if self.weight is None else self.weight.to(wide.dtype),
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=_as_uniform(self.smoothing, self.form, logits.shape[1]),
@@ -208,15 +209,15 @@ def distillation_loss(
     if labels is not None:
         ignore_index = getattr(label_loss, "ignore_index", IGNORE_INDEX)
         check_targets(student, labels, ignore_index=ignore_index)
-        counted = None if labels.is_floating_point() else labels != ignore_index
+        counted = None if labels.is_floating_point() else as_targets(labels) != ignore_index
     divergence = _divergence(_at_least_float32(teacher_logits) / temperature, student / temperature, counted)
     soft = divergence * temperature**2  # the factor undoes what the temperature takes from the gradient
     if labels is None or weight == 1:
         return soft * weight
-    return soft * weight + label_loss(student, _as_targets(labels)) * (1 - weight)
+    return soft * weight + label_loss(student, as_targets(labels)) * (1 - weight)
 
 
-def _as_targets(labels: Tensor) -> Tensor:
+def as_targets(labels: Tensor) -> Tensor:
     """Class labels of any integer type in the one that torch's losses take; probabilities as they are."""
     return labels if labels.is_floating_point() else labels.long()
 
@@ -288,6 +289,8 @@ def check_targets(
 
     Labels on an accelerator are checked for their range only with `wait`, as this waits for the device.
     """
+    if logits.ndim < 2:
+        raise ValueError(f"logits must be (N, C, ...), got {tuple(logits.shape)}")
     if targets.is_floating_point():
         if targets.shape != logits.shape:
             raise ValueError(
@@ -308,6 +311,9 @@ def _check_labels(
 ) -> None:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"class labels must be integers, got {labels.dtype}")
+    labels = as_targets(
+        labels
+    )  # in a narrow type the number of classes, or what is ignored, would be another number
     if torch.compiler.is_compiling() or not (wait or labels.device.type == "cpu"):
         return
     wrong = (labels < 0) | (labels >= classes)

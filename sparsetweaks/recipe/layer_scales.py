@@ -257,9 +257,17 @@ def scale_layers(model: Model, scales: Mapping[str, float]) -> Model:
     """
     check_model(model)
     parameters = _floating_parameters(model)
-    unknown = sorted(set(scales) - set(parameters))
+    every_name = _floating_parameters(model, tied=True)
+    unknown = sorted(set(scales) - set(every_name))
     if unknown:
-        raise ValueError(f"the model has no parameter {unknown[0]!r}: it has {', '.join(sorted(parameters))}")
+        raise ValueError(
+            f"the model has no parameter {unknown[0]!r} of real numbers: it has {', '.join(sorted(parameters))}"
+        )
+    first = {id(parameter): name for name, parameter in reversed(every_name.items())}
+    named = {name: first[id(every_name[name])] for name in scales}
+    if len(set(named.values())) < len(named):
+        raise ValueError("two of the scales are of one tied weight: give it one, under either name")
+    scales = {named[name]: scale for name, scale in scales.items()}
     for name, scale in scales.items():
         if not (math.isfinite(scale) and scale >= 0):
             raise ValueError(f"the scale of {name} must be finite and not negative, got {scale}")
@@ -334,6 +342,12 @@ class _Search:
         check_values(dict(model.named_parameters()))
         self.settings = settings
         self.model, self.widened = probe_copy(model)
+        if unreal := [
+            name for name, p in self.model.named_parameters() if p.is_complex() and p.requires_grad
+        ]:
+            raise SurgeryError(
+                f"{unreal[0]!r} is complex, and layer scales are learned of real weights: freeze it to leave it"
+            )
         self.tensors = {n: p for n, p in _floating_parameters(self.model).items() if p.requires_grad}
         if not self.tensors:
             raise SurgeryError("the model has no trainable parameter to scale")
@@ -545,7 +559,7 @@ def _floating_parameters(model: nn.Module, *, tied: bool = False) -> dict[str, n
         stem = name.removesuffix("_orig")
         if name.endswith("_orig") and f"{stem}_mask" in buffers:
             name = stem
-        elif name.endswith(".original"):
+        elif "parametrizations." in name and name.endswith(".original"):
             name = name.removesuffix(".original").replace("parametrizations.", "")
         if parameter.is_floating_point():
             named[name] = parameter

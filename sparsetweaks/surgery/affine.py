@@ -59,8 +59,8 @@ class Affine:
 
 def merged(layer: Any, parts: Iterable[nn.Module]) -> Affine:
     """What a layer and the normalisations and skips after it compute together."""
-    weight = _value(layer, "weight")
-    result = Affine(weight, _value(layer, "bias"), torch.zeros_like(weight, dtype=torch.bool))
+    weight = value_of(layer, "weight")
+    result = Affine(weight, value_of(layer, "bias"), torch.zeros_like(weight, dtype=torch.bool))
     for part in parts:
         if not isinstance(part, Skip):
             result.scale(layer, *_scale_and_shift(part))
@@ -176,7 +176,7 @@ def places_of(layer: nn.Module, attribute: str) -> list[Any]:
     return [each for each in places(layer) if each.module is layer and each.attribute == attribute]
 
 
-def _value(layer: Any, attribute: str) -> Any:
+def value_of(layer: Any, attribute: str) -> Any:
     """What the forward sees; what `torch.nn.utils.prune` computed last may be older than its mask."""
     for place in places_of(layer, attribute):
         return exact(place.value())
@@ -201,7 +201,7 @@ def _strength(skip: Skip) -> Any:
 def _matrix(skip: Skip, layer: Any) -> torch.Tensor:
     """What a skip does to the channels that the layer has now, before its own BatchNorm, as outputs by inputs."""
     if skip.projection is not None:
-        return exact(skip.projection.weight).flatten(1)
+        return value_of(skip.projection, "weight").flatten(1)
     inputs, outputs = _channels(layer)
     if outputs >= inputs:
         return torch.eye(outputs, inputs, dtype=torch.float64)

@@ -21,7 +21,7 @@ from sparsetweaks.prunable import added_modules
 from sparsetweaks.surgery import sites as s
 from sparsetweaks.surgery.affine import forward_of, why_not_finite, why_not_layer, why_not_part
 from sparsetweaks.surgery.dataflow import called, first_input, mutates
-from sparsetweaks.surgery.mentions import INDEXES, LOOPS, SLICES
+from sparsetweaks.surgery.mentions import DYNAMIC, INDEXES, LOOPS, SLICES
 from sparsetweaks.surgery.norms import children_after
 from sparsetweaks.surgery.programs import Trace, Untraceable
 from sparsetweaks.surgery.scopes import Scopes, is_scope
@@ -146,13 +146,30 @@ def _nodes_in_eval(trace: Trace) -> Iterator[fx.Node]:
             yield from case.graph.nodes
 
 
+_ANY_NAME = DYNAMIC | {
+    "_modules",
+    "children",
+    "get_submodule",
+    "modules",
+    "named_children",
+    "named_modules",
+    "super",
+}
+"""Names by which code reaches children that it does not name."""
+
+
 def _within_reach(module: nn.Module, names: Set[str]) -> Iterator[nn.Module]:
-    """What a forward that cannot be read may call: its children, and the layers of containers that it takes apart."""
-    for child in module.children():
+    """What a forward that cannot be read may call: its children; of containers that it takes apart the children, and of
+    whatever it reaches those that its code names, or all where it reads attributes that it does not name."""
+    pending = list(module.children())
+    while pending:
+        child = pending.pop()
         yield child
         listed = isinstance(child, (nn.ModuleList, nn.ModuleDict))
-        if listed or (isinstance(child, nn.Sequential) and {SLICES, LOOPS, INDEXES} & names):
-            yield from _within_reach(child, names)
+        apart = listed or (isinstance(child, nn.Sequential) and {SLICES, LOOPS, INDEXES} & names)
+        pending += [
+            each for name, each in child.named_children() if apart or _ANY_NAME & names or name in names
+        ]
 
 
 def _is_of_unit(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from sparsetweaks.masks import find_masks, masks_by_parameter
 from sparsetweaks.probing import rng_restored
 from sparsetweaks.surgery import sites as s
 from sparsetweaks.surgery.activations import become
-from sparsetweaks.surgery.affine import exact, merged
+from sparsetweaks.surgery.affine import exact, merged, value_of
 from sparsetweaks.surgery.dataflow import called
 from sparsetweaks.surgery.foldable import Calls, Unit, find_units, read_calls, settle
 from sparsetweaks.surgery.ghosts import SKIP_EDIT
@@ -190,7 +190,7 @@ def _merge(unit: Unit) -> FoldedLayer:
     layer._parameters.update(first | {name: layer._parameters.pop(name) for name in list(layer._parameters)})
     if mask is not None:
         layer.register_buffer("weight_mask", mask | whole.filled.to(mask.device))
-    of_skips = nonzeros(skip.projection.weight for skip in skips)
+    of_skips = nonzeros(value_of(skip.projection, "weight") for skip in skips)
     return FoldedLayer(unit.path, own, of_skips, nonzeros([layer.weight]))
 
 

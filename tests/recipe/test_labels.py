@@ -348,3 +348,42 @@ def test_class_labels_may_be_of_any_integer_type(dtype: torch.dtype) -> None:
     assert torch.equal(
         distillation_loss(logits, labels.to(dtype), **taught), distillation_loss(logits, labels, **taught)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type_are_the_numbers_they_are(dtype):
+    labels = torch.tensor([3, 100, 100, 7])
+    narrow = labels.to(dtype)
+    logits, teacher = torch.randn(4, 300), torch.randn(4, 300)
+    assert torch.equal(SoftLabelLoss()(logits, narrow), SoftLabelLoss()(logits, labels))
+    assert torch.equal(smooth_labels(narrow, 300), smooth_labels(labels, 300))
+    expected = distillation_loss(logits, labels, teacher=teacher)
+    assert torch.equal(distillation_loss(logits, narrow, teacher=teacher), expected)
+    with pytest.raises(ValueError, match="label 100 is out of range: 10 classes"):
+        SoftLabelLoss()(torch.zeros(4, 10), narrow)
+
+
+def test_a_byte_that_reads_as_the_ignored_index_is_a_label():
+    logits, teacher, labels = (
+        torch.randn(2, 200),
+        torch.randn(2, 200),
+        torch.tensor([156, 3]),
+    )  # -100 modulo 256
+    expected = distillation_loss(logits, labels, teacher=teacher)
+    assert torch.equal(distillation_loss(logits, labels.byte(), teacher=teacher), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_class_weights_may_be_cast_with_the_model(dtype):
+    logits, labels, weight = (
+        torch.randn(4, 3, dtype=dtype),
+        torch.tensor([0, 1, 2, 0]),
+        torch.tensor([0.5, 1.0, 2.0]),
+    )
+    loss = SoftLabelLoss(weight=weight).to(dtype)(logits, labels)
+    assert torch.equal(loss, SoftLabelLoss(weight=weight)(logits.float(), labels))
+
+
+def test_logits_without_classes_are_refused():
+    with pytest.raises(ValueError, match=r"logits must be \(N, C, \.\.\.\), got \(3,\)"):
+        distillation_loss(torch.zeros(3), torch.tensor([1, 0, 1]), teacher=torch.zeros(3))

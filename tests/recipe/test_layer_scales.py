@@ -801,7 +801,7 @@ def test_a_model_without_trainable_parameters():
 @pytest.mark.parametrize(
     ("scales", "message"),
     [
-        ({"9.weight": 1.0}, "no parameter '9.weight': it has 0.weight, 1.bias"),
+        ({"9.weight": 1.0}, "no parameter '9.weight' of real numbers: it has 0.weight, 1.bias"),
         ({"0.weight": -1.0}, "0.weight must be finite and not negative"),
         ({"0.weight": math.nan}, "0.weight must be finite"),
         ({"0.weight": math.inf}, "0.weight must be finite"),
@@ -825,3 +825,40 @@ def test_batches_of_named_tuples_and_of_nothing_are_joined_as_they_are() -> None
     batches = [(torch.randn(6, 4), Targets(torch.randint(3, (6,)), None)) for _ in range(2)]
     scaled = learn_layer_scales(model, batches, loss=loss, iterations=2)
     assert not torch.equal(scaled[0].weight, model[0].weight)
+
+
+def test_complex_weights_are_refused_by_name():
+    model = nn.Linear(4, 3, dtype=torch.complex64)
+    batch = (torch.randn(8, 4, dtype=torch.complex64), torch.randint(3, (8,)))
+    with pytest.raises(SurgeryError, match="'weight' is complex"):
+        find_layer_scales(model, batch, iterations=1, loss=lambda output, targets: output.abs().mean())
+    with pytest.raises(ValueError, match="no parameter 'weight' of real numbers"):
+        scale_layers(model, {"weight": 2.0})
+
+
+def test_a_tied_weight_is_scaled_under_either_name_and_once():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    scaled = scale_layers(model, {"1.weight": 2.0})
+    assert torch.equal(scaled[0].weight, 2 * model[0].weight)
+    assert scaled[1].weight is scaled[0].weight
+    with pytest.raises(ValueError, match="of one tied weight"):
+        scale_layers(model, {"0.weight": 2.0, "1.weight": 2.0})
+
+
+def test_a_parameter_may_be_called_original():
+    model = nn.Module()
+    model.original = nn.Parameter(torch.ones(2))
+    assert scale_layers(model, {"original": 3.0}).original.tolist() == [3, 3]
+
+
+def test_integer_targets_of_any_width_do_where_no_loss_is_given():
+    inputs, targets = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    narrow, wide = (
+        find_layer_scales(model, (inputs, t), iterations=2).scales for t in (targets.int(), targets)
+    )
+    assert narrow == wide
+    with pytest.raises(SurgeryError, match=r"the model returned \(5,\): pass loss="):
+        find_layer_scales(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), (inputs, targets), iterations=1)

@@ -817,3 +817,57 @@ def test_pruned_weights_are_no_non_zeros_whatever_the_form_of_the_masks():
             report.before == st.cost(model, torch.zeros(1, 3, 8, 8)).nonzeros - 2 * 8
         )  # zeros of BatchNorms
         assert report.after < report.before + 16
+
+
+class Unreadable(nn.Module):
+    """A forward that no tracer follows, and that uses the convolution inside a block beside the block."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.block = ConvAndNorm()
+        self.blocks = nn.ModuleList([self.block])
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.block(x)
+        if x.sum().item() > 1e9:
+            return y
+        if self.how == "calls":
+            return y + self.block.conv(x)
+        if self.how == "loops":
+            for block in self.blocks:
+                y = y + block.conv(x)
+            return y
+        if self.how == "reads":
+            return y + F.conv2d(x, self.block.conv.weight, padding=1)
+        return y + next(self.block.children())(x)
+
+
+class ConvAndNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(x))
+
+
+@pytest.mark.parametrize("how", ["calls", "loops", "reads", "children"])
+def test_a_convolution_that_an_unreadable_forward_reaches_into_a_block_for_stays(how):
+    model, x = shaken(Unreadable(how)).eval(), torch.randn(2, 4, 5, 5)
+    with pytest.warns(st.NoEffectWarning, match="nothing was merged"):
+        folded = st.fold(model)
+    assert torch.equal(folded(x), model(x))
+    (left,) = st.changes(folded)[-1].left
+    assert "may be called by a forward that cannot be read" in left.left
+
+
+def test_a_projection_under_torchs_prune_is_merged_as_it_is_now():
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    model = st.inject_skips(net, shortcut="projection", strength=1.0).eval()
+    projection = model[0].skip.projection
+    torch_prune.random_unstructured(projection, "weight", 0.5)
+    with torch.no_grad():
+        projection.weight_orig.fill_(1.0)  # an optimizer's step; no forward since
+    folded, x = st.fold(model), torch.randn(2, 4, 6, 6)
+    torch.testing.assert_close(folded(x), model(x))
