@@ -35,7 +35,8 @@ class SiteActivations:
     """What one site of a network put out over all the data.
 
     Attributes:
-        site: its path, as in `find_activations`: a module's, or that of a call in a module's forward.
+        site: its path: a module's, or that of a call in a module's forward, which is the scope's, the activation's name and,
+            from the second on, a number; a name that a module has there is passed over.
         kind: the activation's name.
         values: how many numbers came out.
         zeros: how many of these are exactly zero.
@@ -234,6 +235,7 @@ class _Counter(TorchFunctionMode):
         self._inside: list[str] = []  # the modules that are running, the innermost last
         self._calls: list[dict[str, int]] = []  # for each of these: how often it has called each function
         self._repeats: dict[str, int] = {}
+        self._modules: set[str] = set()
         self._within = 0  # how many activation modules are running
         self._units = Units()
 
@@ -244,6 +246,7 @@ class _Counter(TorchFunctionMode):
     def listening(self, network: nn.Module) -> _Counter:
         """Hook every module of a copy of our own."""
         swapped = set(_swapped_modules(network))
+        self._modules = {path for path, _ in network.named_modules(remove_duplicate=False)}
         for path, module in network.named_modules():
             kind = _kind(module, swapped)
             module.register_forward_pre_hook(self._enter(path, kind), prepend=True)
@@ -277,10 +280,13 @@ class _Counter(TorchFunctionMode):
         kind = kind_of_function(func) or _METHODS.get(func)
         if kind is not None and self._within == 0 and self._inside and isinstance(result, Tensor):
             number = self._calls[-1].get(kind.name, 0)
-            self._calls[-1][kind.name] = number + 1
-            name = f"{kind.name}_{number}" if number else kind.name
             scope = self._inside[-1]
-            self._count(f"{scope}.{name}" if scope else name, kind.name, result)
+            name = f"{kind.name}_{number}" if number else kind.name
+            while (path := f"{scope}.{name}" if scope else name) in self._modules:
+                number += 1
+                name = f"{kind.name}_{number}"
+            self._calls[-1][kind.name] = number + 1
+            self._count(path, kind.name, result)
         return result
 
     def _count(self, site: str, kind: str, output: Tensor) -> None:

@@ -306,11 +306,7 @@ def _run(network: nn.Module, passing: Passing, inputs: Any) -> Tensor:
             "paths start at real numbers that go in and at embeddings, but the inputs are "
             f"{kinds}, and nothing is looked up in an embedding"
         )
-    parts = [
-        leaf
-        for leaf in pytree.tree_leaves(_plain(outputs))
-        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-    ]
+    parts = [leaf for leaf in _tensors_out(outputs) if leaf.is_floating_point() or leaf.is_complex()]
     if not parts:
         raise ValueError("the model puts out no floating-point tensor: there is nothing for paths to lead to")
     with passing:
@@ -347,11 +343,14 @@ def _entering(name: str, value: Tensor, passing: Passing) -> Tensor:
     return passing.start(name, torch.ones_like(value, dtype=torch.float64).requires_grad_(True))
 
 
-def _plain(outputs: Any) -> Any:
-    """Outputs of classes of their own (dataclasses, ordered mappings) as what they hold."""
-    if isinstance(outputs, Mapping):
-        return dict(outputs)
-    return vars(outputs) if hasattr(outputs, "__dict__") and not isinstance(outputs, Tensor) else outputs
+def _tensors_out(outputs: Any, seen: frozenset[int] = frozenset()) -> Iterator[Tensor]:
+    """The tensors that are put out, also in classes of their own (dataclasses, ordered mappings), however deep."""
+    for leaf in pytree.tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif id(leaf) not in seen and (isinstance(leaf, Mapping) or hasattr(leaf, "__dict__")):
+            inside = leaf if isinstance(leaf, Mapping) else vars(leaf)
+            yield from _tensors_out(dict(inside), seen | {id(leaf)})
 
 
 def _derivatives(

@@ -120,9 +120,10 @@ def _differentiated(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], along: Sequence[Tensor] | None, **options: bool
 ) -> Gradient:
     try:
-        return torch.autograd.grad(
+        found = torch.autograd.grad(
             outputs, inputs, along, allow_unused=True, materialize_grads=True, **options
         )
+        return tuple(part if part.layout == torch.strided else part.to_dense() for part in found)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
@@ -161,6 +161,11 @@ class Batches:
             )
         if isinstance(data, tuple) and len(data) == 2 and not is_pair(data):
             raise ValueError(f"data {AMBIGUOUS}")
+        if chunk_size is not None and (name := _normalised_by_the_batch(model)):
+            raise ValueError(
+                f"chunk_size cuts batches, and BatchNorm {name!r} uses the statistics of its batch (batch_norm='train', or "
+                "it keeps none): pass the data in smaller batches instead"
+            )
         self.chunk_size = chunk_size
         self.single = is_pair(data)
         self._data: Iterable[Any] = [data] if self.single else data
@@ -220,6 +225,14 @@ class Batches:
         """A copy of our own, as a network that works in place must not reach the caller's batch."""
         arrived = tensor.detach().to(device=self._device or tensor.device, copy=True)
         return _in_precision(arrived, self._dtype)
+
+
+def _normalised_by_the_batch(model: nn.Module) -> str | None:
+    """The first BatchNorm whose output depends on which examples come together."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            return name or type(module).__name__
+    return None
 
 
 def _generators(data: Any) -> Iterator[torch.Generator]:
@@ -305,9 +318,12 @@ def reestimate_statistics(network: nn.Module, batches: Batches) -> None:
         return
     seen = dict.fromkeys(norms, 0)
 
-    def weigh(norm: _NormBase, inputs: Any) -> None:
+    def weigh(norm: Any, inputs: Any) -> None:
+        if not seen[norm]:  # what diverged must go altogether: 0 times infinity is no number
+            norm.running_mean.zero_()
+            norm.running_var.fill_(1)
         seen[norm] += chunk.examples
-        norm.momentum = chunk.examples / seen[norm]  # 1 at first, which forgets the old ones
+        norm.momentum = chunk.examples / seen[norm]
 
     hooks = [norm.register_forward_pre_hook(weigh) for norm in norms]
     for norm in norms:

@@ -604,11 +604,6 @@ def _by_space(
     check_choice("over", setting.over, ("kept", "all", "both"))
     if setting.keep_graph is not None:
         check_flag("keep_graph", setting.keep_graph)
-    if setting.chunk_size is not None and setting.batch_norm == "train":
-        raise ValueError(
-            "chunk_size cuts batches, which changes the statistics that batch_norm='train' uses: pass the data "
-            "in smaller batches instead"
-        )
     network = working_copy(model, batch_norm=setting.batch_norm, dtype=setting.dtype)
     draw = generator_of(setting.generator)
     found: list[tuple[Result, Work]] = []

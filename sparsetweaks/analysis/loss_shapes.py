@@ -133,10 +133,11 @@ class LossPlane:
 
     def __str__(self) -> str:
         finite = self._finite()
+        span = f"from {min(finite):.4g} to {max(finite):.4g}, " if finite else ""
         text = (
             f"Loss plane over {SPACES[self.over]}, {len(self.xs)} x {len(self.ys)} points; positions in {self.unit}\n"
             f"x: {self.names[0]}; y: {self.names[1]}; cosine {self.cosine:.2g}\n"
-            f"loss {self.center:.4g} at the centre, from {min(finite):.4g} to {max(finite):.4g}, "
+            f"loss {self.center:.4g} at the centre, {span}"
             f"{len(self.xs) * len(self.ys) - len(finite)} points not finite"
         )
         return f"{text}\n{self.beside}" if self.beside else text
@@ -152,6 +153,10 @@ class LossPlane:
         """
         shown = [self, *([self.beside] if self.beside else [])]
         finite = [value for plane in shown for value in plane._finite()]
+        if not finite:
+            raise ValueError(
+                "the loss is finite nowhere on the plane: there is nothing to draw. Take a smaller radius"
+            )
         low, high = min(finite), max(finite)
         high = high if high > low else low + 1e-6 * max(abs(low), 1)  # a flat plane has one colour
         if logarithmic and low <= 0:

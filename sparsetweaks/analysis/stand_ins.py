@@ -147,6 +147,17 @@ def _mean_of(input: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
     return input.mean() if dim is None else input.mean(dim, keepdim)
 
 
+def _softmax(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
+    """Each share depends on all scores, which its denominator adds up."""
+    if dim is None:  # torch's own guess
+        dim = 0 if input.ndim in (0, 1, 3) else 1
+    return 1 + levelled(input.mean(dim, keepdim=True)).expand_as(input)
+
+
+def _gumbel_softmax(logits: Tensor, *args: Any, dim: int = -1, **_: Any) -> Tensor:
+    return _softmax(logits, args[3] if len(args) > 3 else dim)
+
+
 def _largest(input: Tensor, dim: Any = None, keepdim: bool = False, *, other: Any = None) -> Any:
     if other is not None or isinstance(dim, Tensor):
         return _sum(input, dim if other is None else other)
@@ -162,18 +173,22 @@ def _attention(
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = (each.repeat_interleave(groups, -3) for each in (key, value))
-    scores = 1 + levelled(query @ key.transpose(-2, -1))
+    scores = _scores(query, key)
     if attn_mask is not None and attn_mask.requires_grad:
         scores = scores + attn_mask
     return levelled(scores @ value)
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    return 1 + levelled(query @ key.transpose(-2, -1))
 
 
 def _joint_attention(
     query: Tensor, key: Tensor, value: Tensor, embed_dim: int, heads: int, in_weight: Tensor | None, in_bias: Tensor | None,
     bias_k: Any, bias_v: Any, add_zero_attn: bool, dropout: float, out_weight: Tensor, out_bias: Tensor | None,
     q_proj_weight: Tensor | None = None, k_proj_weight: Tensor | None = None, v_proj_weight: Tensor | None = None,
-    attn_mask: Tensor | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    attn_mask: Tensor | None = None, need_weights: bool = True, average_attn_weights: bool = True, **_: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`torch.nn.MultiheadAttention`'s function, sequence first."""
     if attn_mask is not None and attn_mask.requires_grad:
         raise ValueError(
@@ -190,7 +205,13 @@ def _joint_attention(
         projected = projected.unflatten(-1, (heads, -1))
         parts.append(projected.movedim(-2, 0).movedim(1, -2))  # heads, (batch,) sequence, head's width
     mixed = _attention(*parts).movedim(-2, 1).movedim(0, -2).flatten(-2)
-    return levelled(F.linear(mixed, out_weight, out_bias)), None
+    shares = None
+    if need_weights:
+        shares = F.pad(
+            _scores(*parts[:2]), (0, int(add_zero_attn)), value=1
+        )  # heads, (batch,) positions, positions
+        shares = shares.mean(0) if average_attn_weights else shares.movedim(0, -3)
+    return levelled(F.linear(mixed, out_weight, out_bias)), shares
 
 
 _SAME = (
@@ -207,7 +228,8 @@ _SCALED: dict[str, Callable[..., Tensor]] = {
     "prelu": _prelu,
     "_weight_norm": _weight_norm,
 }
-_OPEN = ("sigmoid", "sigmoid_", "hardsigmoid", "softmax", "log_softmax", "softmin", "gumbel_softmax")
+_OPEN = ("sigmoid", "sigmoid_", "hardsigmoid")
+_SOFTMAX = ("softmax", "log_softmax", "softmin")
 _SUMS = ("add", "__add__", "__radd__", "sub", "subtract", "__sub__", "rsub", "__rsub__", "maximum", "minimum")
 _PRODUCTS = ("mul", "multiply", "__mul__", "__rmul__", "div", "true_divide", "__truediv__")
 _SUMS_IN_PLACE = ("add_", "__iadd__", "sub_", "__isub__")
@@ -220,6 +242,8 @@ REPLACEMENTS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(_SAME, _same),
     **_SCALED,
     **dict.fromkeys(_OPEN, _open),
+    **dict.fromkeys(_SOFTMAX, _softmax),
+    "gumbel_softmax": _gumbel_softmax,
     **dict.fromkeys(_SUMS, _sum),
     **dict.fromkeys(_PRODUCTS, _product),
     **dict.fromkeys(_SUMS_IN_PLACE, _in_place(_sum)),

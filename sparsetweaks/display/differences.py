@@ -131,18 +131,21 @@ def _compare_values(
     pairs: Pairs, masks: tuple[Masks, Masks], marks: dict[str, list[Mark]], paths: Set[str]
 ) -> str:
     """Marks what was multiplied by a number, and says how many others differ."""
-    without = [name for name, a, b in pairs if a.is_meta or b.is_meta]
-    if without:
-        are = "is" if len(without) == 1 else "are"
-        return f"{_counted(len(without))} {are} on the meta device: their values are not compared"
+    known = [(name, a, b) for name, a, b in pairs if not (a.is_meta or b.is_meta)]
+    without = len(pairs) - len(known)
+    are = "is" if without == 1 else "are"
+    unknown = (
+        f"{_counted(without)} {are} on the meta device: their values are not compared" if without else ""
+    )
     other = 0
-    for name, a, b in pairs:
+    for name, a, b in known:
         factor = _factor(a, b, masks)
         if factor is None:
             other += 1
         elif factor != 1:
             _mark(marks, paths, name, "scaled", "scaled", f" ×{factor:.3g}")
-    return f"the kept values of {other:,} of {_counted(len(pairs))} differ" if other else ""
+    found = f"the kept values of {other:,} of {_counted(len(known))} differ" if other else ""
+    return "; ".join(filter(None, (found, unknown)))
 
 
 def _factor(before: nn.Parameter, after: nn.Parameter, masks: tuple[Masks, Masks]) -> float | None:
@@ -167,6 +170,7 @@ def _factor(before: nn.Parameter, after: nn.Parameter, masks: tuple[Masks, Masks
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     """Whether all values are the same, one that is not a number being the same as another such."""
+    a, b = (each if each.layout == torch.strided else each.to_dense() for each in (a, b))
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 

@@ -251,7 +251,9 @@ def _call_marks(model: nn.Module) -> dict[str, list[Mark]]:
 
 
 def _skip_mark(skip: Skip, counts: Counts) -> Mark:
-    value = f", now {float(skip.strength.detach()):.3g}" if isinstance(skip.strength, nn.Parameter) else ""
+    strength, value = skip.strength, ""
+    if isinstance(strength, nn.Parameter) and not strength.is_meta:
+        value = f", now {float(strength.detach()):.3g}"
     beside = f", {counts.parameters:,} parameters" if counts.parameters > 1 else ""
     return Mark("skip", f"skip: {_in_words(skip)}", value + beside)
 

@@ -199,3 +199,25 @@ def test_mistakes_are_named():
     nn.init.constant_(broken.conv.weight, float("nan"))
     with pytest.raises(ValueError, match=r"'conv.weight' holds values that are not finite"):
         activation_sparsity(broken, DATA)
+
+
+class SameName(nn.Module):
+    """A function called beside a module that has the function's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.relu = nn.Linear(3, 4), nn.Linear(4, 5), nn.GELU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.b(self.relu(self.a(x))))
+
+
+def test_a_call_and_a_module_of_one_name_are_two_sites():
+    model = SameName()
+    nn.init.constant_(model.b.bias, -100.0)
+    found = activation_sparsity(model, (torch.randn(3, 3), None))
+    assert [(site.site, site.kind, site.dead) for site in found.sites] == [
+        ("relu", "gelu", 0),
+        ("relu_1", "relu", 5),
+    ]
+    assert [site.path for site in st.find_activations(model)] == ["relu_1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -668,3 +669,73 @@ def test_mistakes_are_named():
     nn.init.constant_(broken.weight, float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         layer_collapse(broken, torch.zeros(1, 2))
+
+
+@dataclasses.dataclass
+class Held:
+    logits: torch.Tensor
+
+
+class HoldsDeep(nn.Module):
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.alone = nn.Linear(3, 2), nn.Linear(3, 2), alone
+
+    def forward(self, x: torch.Tensor) -> object:
+        held = {"head": [Held(self.b(x) + self.a(x))]}
+        return held if self.alone else (self.a(x), held)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_is_put_out_deep_inside_is_put_out(alone):
+    assert not any(layer.collapsed for layer in layer_collapse(HoldsDeep(alone), torch.randn(2, 3)).layers)
+
+
+class SoftGate(nn.Module):
+    def __init__(self, softmax) -> None:
+        super().__init__()
+        self.gate = nn.Linear(3, 2, bias=False)
+        self.a, self.b = nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)
+        self.softmax = softmax
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gates = self.softmax(self.gate(x))
+        return gates[:, :1] * self.a(x) + gates[:, 1:] * self.b(x)
+
+
+@pytest.mark.parametrize(
+    "softmax",
+    [
+        lambda x: x.softmax(1),
+        lambda x: F.softmax(x, dim=-1),
+        lambda x: torch.log_softmax(x, 1),
+        lambda x: F.gumbel_softmax(x, 1.0, False, 1e-10, 1),
+        nn.Softmax(dim=1),
+    ],
+)
+def test_a_gate_by_softmax_depends_on_the_scores_of_the_others_too(softmax):
+    model = st.apply_masks(SoftGate(softmax), {"b.weight": torch.zeros(1, 3, dtype=torch.bool)})
+    x = torch.randn(5, 3)
+    model(x).sum().backward()
+    found = {layer.name: layer.on_path for layer in layer_collapse(model, x).layers}
+    assert found["gate.weight"] == int((model.gate.weight.grad != 0).sum()) == 6
+
+
+class UsesWeights(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, **options)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor, average: bool) -> torch.Tensor:
+        out, weights = self.attention(x, x, x, average_attn_weights=average)
+        return self.head((weights if average else weights.sum(1))[:, :, : out.shape[1]] @ out)
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("options", [{}, {"add_zero_attn": True}, {"add_bias_kv": True}])
+def test_a_forward_may_use_the_weights_of_its_attention(average, options):
+    inputs = (torch.randn(2, 5, 4), average)
+    model = UsesWeights(**options)
+    model(*inputs)
+    assert not any(layer.collapsed for layer in layer_collapse(model, inputs).layers)

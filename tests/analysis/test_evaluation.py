@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
 
+from sparsetweaks.analysis import activation_sparsity, calibration, gradient_flow, hessian_top_eigenvalues
 from sparsetweaks.analysis.evaluation import (
     Batches,
     Chunk,
@@ -179,7 +180,7 @@ PAIR = INPUTS, TARGETS
     ],
 )
 def test_a_pair_of_tuples_is_told_from_two_batches(data, count, inside):
-    chunks = list(Batches(data, network(), chunk_size=11))
+    chunks = list(Batches(data, working_copy(network()), chunk_size=11))
     assert len(chunks) == count
     for chunk in chunks:
         assert (len(chunk.targets) if isinstance(chunk.targets, (tuple, list)) else None) == inside
@@ -212,7 +213,7 @@ def test_wrong_data(data, message):
 
 
 def test_a_batch_that_cannot_be_cut():
-    batches = Batches(((INPUTS, INPUTS[:3]), TARGETS), network(), chunk_size=4)
+    batches = Batches(((INPUTS, INPUTS[:3]), TARGETS), working_copy(network()), chunk_size=4)
     with pytest.raises(ValueError, match="cannot cut a batch of 11 examples"):
         list(batches)
     with pytest.raises(ValueError, match="chunk_size"):
@@ -292,3 +293,21 @@ def test_weights_that_are_not_finite_are_named():
         model[4].bias[0] = float("nan")
     with pytest.raises(ValueError, match=r"'4\.bias'"):
         working_copy(model)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(6, track_running_stats=False), nn.BatchNorm1d(6)])
+def test_batches_that_batchnorm_looks_at_whole_are_not_cut(norm):
+    model = nn.Sequential(nn.Linear(4, 6), norm, nn.Linear(6, 3))
+    data, mode = (torch.randn(16, 4), torch.randint(3, (16,))), {"batch_norm": "train"}
+    told = r"chunk_size cuts batches, and BatchNorm '(0\.)?1' uses the statistics of its batch"
+    for analysis in (gradient_flow, hessian_top_eigenvalues):
+        with pytest.raises(ValueError, match=told):
+            analysis(model, data, F.cross_entropy, chunk_size=4, **mode)
+    for analysis in (activation_sparsity, calibration):
+        with pytest.raises(ValueError, match=told):
+            analysis(nn.Sequential(model, nn.ReLU()), data, chunk_size=4, **mode)
+    if norm.running_mean is None:
+        with pytest.raises(ValueError, match=told):
+            hessian_top_eigenvalues(model, data, F.cross_entropy, chunk_size=4)
+    else:
+        gradient_flow(model, data, F.cross_entropy, chunk_size=4)

@@ -457,3 +457,13 @@ def test_wrong_models_data_and_losses():
         hessian_trace(root, batch, lambda o, t: (o.square().mean(dim=0) ** 0.75).mean(), over="all")
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         hessian_trace(model.state_dict(), batch, F.cross_entropy)
+
+
+def test_embeddings_with_sparse_gradients_have_a_hessian():
+    torch.manual_seed(0)
+    sparse = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(12, 3))
+    dense = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 3))
+    dense.load_state_dict(sparse.state_dict())
+    data = torch.randint(10, (8, 3)), torch.randint(3, (8,))
+    values = [hessian_top_eigenvalues(each, data, F.cross_entropy).values[0] for each in (sparse, dense)]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)

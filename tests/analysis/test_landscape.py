@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize, prune
 from sparsetweaks.analysis import hessian_top_eigenvalues, input_loss_plane, loss_line, loss_plane
 from sparsetweaks.analysis.directions import rescale
 from sparsetweaks.analysis.evaluation import Batches, reestimate_statistics, working_copy
-from sparsetweaks.analysis.loss_shapes import LossLine
+from sparsetweaks.analysis.loss_shapes import LossLine, LossPlane
 from sparsetweaks.analysis.terrain import Terrain
 from sparsetweaks.copying import copy_model
 from sparsetweaks.masks import apply_masks
@@ -663,3 +663,30 @@ def test_wrong_planes_and_data():
     empty = apply_masks(nn.Linear(3, 2, bias=False), {"weight": torch.zeros(2, 3, dtype=torch.bool)})
     with pytest.raises(ValueError, match="is pruned"):
         loss_plane(empty, (torch.randn(4, 3), torch.zeros(4).long()), F.cross_entropy)
+
+
+class Exponential(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.exp()
+
+
+def test_a_point_that_diverges_leaves_the_others_as_they_are_where_statistics_are_reestimated():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), Exponential(), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    data = torch.randn(16, 4), torch.randint(3, (16,))
+    options = {"direction": {"0.weight": torch.ones(6, 4)}, "batch_norm": "reestimate"}
+    near = loss_line(model, data, F.cross_entropy, radius=0.1, points=3, **options).losses
+    far = loss_line(model, data, F.cross_entropy, radius=150.0, points=5, **options).losses
+    assert math.isnan(far[0]) and math.isnan(far[4])
+    assert far[2] == near[1]
+    plane = loss_plane(model, data, F.cross_entropy, radius=100.0, points=5, batch_norm="reestimate")
+    assert f"loss {plane.center:.4g} at the centre, from" in str(plane)
+
+
+def test_a_plane_that_is_finite_nowhere_prints_and_says_why_it_does_not_plot():
+    nowhere = LossPlane(
+        "kept", (-1.0, 0.0, 1.0), (0.0,), ((math.nan,) * 3,), "norms of each filter", ("a", "b"), 0.0
+    )
+    assert "loss nan at the centre, 3 points not finite" in str(nowhere)
+    with pytest.raises(ValueError, match="the loss is finite nowhere on the plane"):
+        nowhere.plot()

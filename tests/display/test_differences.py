@@ -203,3 +203,33 @@ def test_what_became_of_a_skip_is_told_at_its_convolution():
 def test_two_that_are_alike_are_told_to_be(build):
     model = build()
     assert NOTHING in said(model, copy.deepcopy(model))
+
+
+def test_what_is_on_the_meta_device_hides_nothing_of_the_rest():
+    before = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    after = copy.deepcopy(before)
+    after[0].weight.data *= 2
+    after[1].weight.data = torch.randn(3, 3)
+    before[2].to("meta")
+    after[2].to("meta")
+    text = " ".join(str(diff(before, after)).split())
+    assert "weight ×2" in text
+    assert (
+        "the kept values of 1 of 4 parameter tensors differ; 2 parameter tensors are on the meta device"
+        in text
+    )
+
+
+def test_a_learned_skip_on_the_meta_device_has_no_strength_to_tell():
+    model = st.inject_skips(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()))
+    assert "now 0" in st.summary(model)._repr_html_()
+    assert "now 0" not in st.summary(model.to("meta"))._repr_html_()
+
+
+def test_sparse_buffers_are_compared():
+    before = nn.Linear(3, 3)
+    before.register_buffer("adjacency", torch.eye(3).to_sparse())
+    after = st.prune(before, 0.5, layers=("linear",), include="*")
+    assert "of 1 buffer" not in str(diff(before, after))
+    after.adjacency = (2 * torch.eye(3)).to_sparse()
+    assert "the values of 1 of 1 buffer differ" in str(diff(before, after))
