@@ -12,8 +12,10 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from sparsetweaks.lottery.claims import POINTS, TIMES
 from sparsetweaks.lottery.config import VARIANTS
@@ -95,6 +97,10 @@ def where() -> str:
     """The tables of `where.py`: gains over vanilla by place, bold beyond noise; forms of a tweak apart from the tweaks."""
     parts: list[str] = []
     for path in sorted(RESULTS.glob("where-*.csv")):
+        if path.stem.endswith(".failed"):
+            continue
+        failed = read_rows(path.with_suffix(".failed.csv"))
+        failures = Counter((row["architecture"], row["variant"]) for row in failed)
         of_forms: dict[str, dict[str, Cell]] = {}  # by network
         for network, rows in _groups(read_rows(path), "architecture").items():
             places: dict[str, dict[str, Cell]] = {}
@@ -119,7 +125,7 @@ def where() -> str:
         if of_forms:
             parts += [
                 "Forms of the tweaks, at the sparsity and length where all are compared:",
-                _gains(of_forms),
+                _gains(of_forms, failures=failures),
                 "",
             ]
     return "\n".join(parts[:-1]) if parts else "Not run yet."
@@ -143,16 +149,24 @@ def _groups(rows: list[dict[str, str]], column: str) -> dict[str, list[dict[str,
     return {value: found[value] for value in sorted(found, key=lambda value: (len(value), value))}
 
 
-def _gains(places: dict[str, dict[str, Cell]], names: list[str] | None = None) -> str:
-    """Accuracies of vanilla, and what each variant gains over it in every place; bold where the interval leaves out 0."""
+def _gains(
+    places: dict[str, dict[str, Cell]],
+    names: list[str] | None = None,
+    failures: Mapping[tuple[str, str], int] = MappingProxyType({}),
+) -> str:
+    """Accuracies of vanilla, and what each variant gains over it in every place; bold where the interval leaves out 0.
+
+    Where a variant has no accuracy, it says how often it failed (by place and variant).
+    """
     known = list(dict.fromkeys(name for cells in places.values() for name in cells))
     lines = [["points gained over vanilla", *places]]
     for name in (name for name in names or known if name in known):
         line = [f"({name}, %)" if name == "vanilla" else name]
-        for cells in places.values():
-            cell = cells.get(name)
+        for place, cells in places.items():
+            cell, times = cells.get(name), failures.get((place, name))
             gain = cell if cell is None or name == "vanilla" else cell.over(cells["vanilla"])
-            line.append("" if gain is None else _with_interval(gain, "" if name == "vanilla" else "+"))
+            none = f"{times} of {times} failed" if times else ""
+            line.append(none if gain is None else _with_interval(gain, "" if name == "vanilla" else "+"))
         lines.append(line)
     return grid_of(lines)
 
