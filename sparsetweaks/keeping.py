@@ -138,6 +138,13 @@ class _Held:
 
     def zeroed(self, gradient: Tensor) -> Tensor:
         bits = self.bits()
+        if gradient.layout == torch.sparse_coo:  # an embedding's: of the rows that were looked up
+            gradient = gradient.coalesce()
+            places, values = gradient.indices(), gradient.values()
+            values = values.masked_fill(bits[tuple(places)] == 0, 0)
+            return torch.sparse_coo_tensor(
+                places, values, gradient.shape, is_coalesced=True, check_invariants=False
+            )
         # with create_graph the gradient has a gradient itself, and integers have none
         if gradient.requires_grad or not _fit(gradient, bits):
             return gradient.masked_fill(bits == 0, 0)

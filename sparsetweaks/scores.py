@@ -42,7 +42,7 @@ _Batches = Pair | Iterable[Pair]
 # In SynFlow's network every number is positive, and there each of these is to be the identity, as the ReLU is.
 _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
-    nn.Softplus,
+    nn.Softplus, nn.Tanh, nn.Hardtanh, nn.Softsign,
 )  # fmt: skip
 
 
@@ -407,7 +407,22 @@ _LINEAR: dict[Any, Callable[..., Tensor]] = {
     torch.layer_norm: _affine_of_layer,
     torch.rms_norm: _affine_of_rms,
     **dict.fromkeys(
-        (F.relu6, F.selu, torch.selu, F.gelu, F.silu, F.mish, F.hardswish, F.softplus), _identity
+        (
+            *(
+                F.relu6,
+                F.selu,
+                torch.selu,
+                F.gelu,
+                F.silu,
+                F.mish,
+                F.hardswish,
+                F.softplus,
+                F.hardtanh,
+                F.softsign,
+            ),
+            *(F.tanh, torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_),
+        ),
+        _identity,
     ),  # the others of `_ACTIVATIONS` are it for what is positive
 }
 

@@ -518,3 +518,21 @@ def test_distributed_data_parallel(tmp_path):
                 assert_held(ticket, optimizer)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("make", [torch.optim.SparseAdam, lambda p: torch.optim.SGD(p, 0.1)])
+def test_sparse_gradients_are_held_too(make):
+    torch.manual_seed(0)
+    mask = torch.rand(10, 4) > 0.5
+    model = apply_masks(nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 3)), {"0.weight": mask})
+    before = model[0].weight.detach().clone()
+    optimizer = make([model[0].weight])
+    with keep_masks(model, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.tensor([1, 2, 3, 1])).square().sum().backward()
+            assert not model[0].weight.grad.to_dense()[~mask].any()
+            optimizer.step()
+    moved = (model[0].weight.detach() != before).nonzero()[:, 0].unique().tolist()
+    assert moved == [1, 2, 3]
+    assert not model[0].weight.detach()[~mask].any()

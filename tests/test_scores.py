@@ -573,3 +573,29 @@ def test_batches_weigh_by_their_images_not_by_the_boxes_of_the_first() -> None:
     apart = snip_scores(model, weights, [first, second], loss)
     together = snip_scores(model, weights, [whole], loss)
     torch.testing.assert_close(apart, together)
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Hardtanh, nn.Softsign, nn.Softplus, nn.ReLU6])
+@pytest.mark.parametrize("called", ["module", "function"])
+def test_synflow_takes_saturating_activations_as_the_identity(activation, called):
+    functions = {
+        nn.Tanh: torch.tanh,
+        nn.Hardtanh: F.hardtanh,
+        nn.Softsign: F.softsign,
+        nn.Softplus: F.softplus,
+    }
+
+    class Called(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return functions.get(activation, F.relu6)(x)
+
+    def network(make: Callable[[], nn.Module]) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(1, 16, 5), make(), nn.Conv2d(16, 8, 5), make(), nn.Flatten(), nn.Linear(128, 3)
+        )
+
+    batch = torch.zeros(1, 1, 12, 12), None
+    made, plain = network(activation if called == "module" else Called), network(nn.Identity)
+    found, expected = (find_masks(prune(each, 0.9, method="synflow", batch=batch)) for each in (made, plain))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

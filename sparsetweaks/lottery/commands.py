@@ -108,7 +108,8 @@ def commands() -> None:
     "--masks", type=click.Path(path_type=Path), help="A file of masks from elsewhere to take instead."
 )
 @click.option(
-    "--masks-name", help="What drew them, the same for the masks of several seeds.  [default: the file]"
+    "--masks-name",
+    help="What drew them, the same for the masks of several seeds, which keep equally many.  [default: the file]",
 )
 @click.option("--rewind-epoch", type=click.IntRange(min=0), default=0, help="0 is the initialisation.")
 @RECIPE_OPTIONS
@@ -150,7 +151,12 @@ def draw_command(
                 tickets = draw_one_shot(images, network, plan, sparsities=sparsities, **common, **trained)
             else:
                 tickets = draw(images, network, plan, levels=levels, fraction=fraction, **common, **trained)
-        _log(out, "draw", {"model": name, "width": network.width, "seed": seed, **data}, plan)
+        _log(
+            out,
+            "draw",
+            {"model": name, "width": network.width, "seed": seed, **data},
+            plan if trainings else None,
+        )
         for ticket in tickets:
             click.echo(ticket_path(out, ticket))
 
@@ -303,11 +309,19 @@ def demo_command(processes: int, out: Path, epochs: int, levels: int, seeds: int
     click.echo(f"{time.monotonic() - started:.0f} seconds")
 
 
-def _log(out: Path, command: str, options: dict[str, Any], recipe: Recipe) -> None:
+def _log(out: Path, command: str, options: dict[str, Any], recipe: Recipe | None) -> None:
     """Add what was asked for to a file beside the results, for `report`."""
     if not leads():
         return
-    told = {"command": command, **options, "recipe": asdict(recipe), "torch": torch.__version__}
+    context = click.get_current_context(silent=True)
+    given = {} if context is None else {k: v for k, v in context.params.items() if v not in (None, (), False)}
+    told = {
+        "command": command,
+        **given,
+        **options,
+        "recipe": asdict(recipe) if recipe else None,
+        "torch": torch.__version__,
+    }
     line = json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **told}, default=str)
     path = out / "commands.jsonl"
     try:

@@ -301,7 +301,9 @@ def _decode(examples: Examples, size: int | None) -> Images:
             with Image.open(file) as image:
                 deep = image.mode in ("I", "F") or image.mode.startswith("I;")
                 arrays.append(np.asarray(fit(image.convert("RGB"))))
-        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        except (
+            UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError
+        ) as error:  # Pillow calls a broken PNG a SyntaxError  # fmt: skip
             raise LotteryError(
                 f"{file} is not an image that Pillow can read: remove it or convert it"
             ) from error

@@ -185,7 +185,7 @@ def draw_by_masks(
     """Make a ticket of any mask: a file that some other pruner wrote, on our initialisation.
 
     Results are told apart by the masks' name. Masks of several files that one pruner drew, one for each seed, belong
-    together once they have the same name.
+    together once they have the same name and keep equally many weights.
 
     Args:
         data: from `load`.

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import hashlib
 import importlib
+import inspect
+import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +145,37 @@ def build(network: Network, *, channels: int, classes: int, seed: int) -> nn.Mod
     return model
 
 
+def code_of(network: Network, *, channels: int, classes: int, seed: int) -> tuple[str, ...]:
+    """What a network that is not ours is keyed by, beside its name: an edit of its code makes another one.
+
+    Args:
+        network: which.
+        channels: of the images.
+        classes: to tell apart.
+        seed: of the initialisation.
+
+    Returns:
+        Nothing for ours, whose code is of this package's version; else digests of its structure, its initial weights and,
+        without comments, the source of the files that its classes are from.
+    """
+    if network.family not in ("torchvision", "user"):
+        return ()
+    model = build(network, channels=channels, classes=classes, seed=seed)
+    files = {network.name.partition(":")[0], *(type(module).__module__ for module in model.modules())}
+    texts = [repr(model)]
+    for name in sorted(name for name in files if name.partition(".")[0] != "torch"):
+        with contextlib.suppress(
+            KeyError, OSError, TypeError, SyntaxError
+        ):  # made at run time: it has no source
+            texts.append(ast.dump(ast.parse(inspect.getsource(sys.modules[name]))))
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(
+            name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest(), weights.hexdigest()
+
+
 def _ours(network: Network, channels: int, classes: int) -> nn.Module:
     width = network.channels
     if network.name in DEEP:
@@ -203,7 +240,10 @@ def _of_torchvision(name: str, channels: int, classes: int) -> nn.Module:
         raise LotteryError(f"torchvision has no model {name!r}; see torchvision.models.list_models()")
     if channels != 3:
         raise LotteryError(f"torchvision:{name} takes images of 3 channels, and these have {channels}")
-    return models.get_model(name, weights=None, num_classes=classes)
+    options: dict[str, Any] = {"weights": None, "num_classes": classes}
+    if name in ("googlenet", "inception_v3"):  # beside the logits they return those of earlier layers
+        options |= {"aux_logits": False, "init_weights": True}
+    return models.get_model(name, **options)
 
 
 def _of_user(name: str, channels: int, classes: int) -> nn.Module:

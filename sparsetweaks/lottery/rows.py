@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 from collections.abc import Iterable, Mapping
@@ -112,7 +113,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
         LotteryError: when it is no such file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = codecs.getincrementaldecoder("utf-8")().decode(
+            path.read_bytes()
+        )  # the last letter may be cut off
         rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise LotteryError(f"{path} is not a CSV file of results: {error}") from error

@@ -19,6 +19,7 @@ from sparsetweaks.errors import SurgeryError
 from sparsetweaks.lottery import ranks
 from sparsetweaks.lottery.config import LotteryError, Recipe, RunError, Tweaks, key
 from sparsetweaks.lottery.data import Data
+from sparsetweaks.lottery.models import code_of
 from sparsetweaks.lottery.rows import COUNTED_LATER
 from sparsetweaks.lottery.store import Ticket
 from sparsetweaks.lottery.train import Trained, load_trained, precision_of, train
@@ -204,7 +205,8 @@ def run_key(
         options["distillation"] = [taught["temperature"], taught["weight"]]
     if tweaks.averaging:
         options["averaging"] = AVERAGING
-    return key(ticket.identity, options, computed(recipe, device), seed, rewind_epoch)
+    code = code_of(ticket.network, channels=ticket.channels, classes=ticket.classes, seed=ticket.seed)
+    return key(ticket.identity, options, computed(recipe, device), seed, rewind_epoch, *code)
 
 
 def computed(recipe: Recipe, device: torch.device) -> Recipe:

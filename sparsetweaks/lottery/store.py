@@ -14,7 +14,7 @@ from torch import nn
 from sparsetweaks.lottery.config import LotteryError, Network, RunError, key
 from sparsetweaks.lottery.data import Data
 from sparsetweaks.lottery.files import State, first_line, load, save
-from sparsetweaks.lottery.models import build
+from sparsetweaks.lottery.models import build, code_of
 from sparsetweaks.masks import apply_masks
 
 TENSORS = ("masks", "initial", "late", "trained")
@@ -92,7 +92,7 @@ class Ticket:
 
     def dense(self) -> Ticket:
         """Level 0 of the same network, data and seed."""
-        identity = key(self.network, self.fingerprint, self.seed)
+        identity = _dense_identity(self.network, self.channels, self.classes, self.fingerprint, self.seed)
         return replace(self, identity=identity, masks={}, late={}, trained={}, **UNDRAWN)
 
 
@@ -120,9 +120,14 @@ def dense_ticket(network: Network, data: Data, *, seed: int) -> Ticket:
     """
     classes = len(data.classes)
     initial = build(network, channels=data.channels, classes=classes, seed=seed).state_dict()
-    identity = key(network, data.fingerprint, seed)
+    identity = _dense_identity(network, data.channels, classes, data.fingerprint, seed)
     where = (identity, network, data.channels, classes, data.name, data.fingerprint, seed)
     return Ticket(*where, **UNDRAWN, masks={}, initial=initial, late={}, trained={})
+
+
+def _dense_identity(network: Network, channels: int, classes: int, fingerprint: str, seed: int) -> str:
+    code = code_of(network, channels=channels, classes=classes, seed=seed)
+    return key(network, fingerprint, seed, *code)
 
 
 def ticket_path(folder: Path, ticket: Ticket) -> Path:

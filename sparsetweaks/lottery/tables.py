@@ -29,6 +29,7 @@ def table(summary: Summary, *, over: str = BASELINE) -> str:
     """
     variants = ordered({name for cells in summary.values() for name in cells})
     lines = [["test accuracy, %", *variants]]
+    paired: list[Cell] = []
     gains = [["points gained", *(name for name in variants if name != over)]]
     for sparsity in sorted(summary):
         cells = summary[sparsity]
@@ -37,8 +38,11 @@ def table(summary: Summary, *, over: str = BASELINE) -> str:
         if over in cells and len(cells) > 1:
             gained = [cells[name].over(cells[over]) if name in cells else None for name in gains[0][1:]]
             gains.append([title, *(_text(cell, "+") for cell in gained)])
+            paired += [cell for cell in gained if cell is not None]
     count = counted([cell for cells in summary.values() for cell in cells.values()])
-    note = f"mean ± half of the 95 % t-interval over {count}; gains are paired by seed"
+    pairs = counted(paired) if paired else count
+    fewer = "" if pairs == count else f", over {pairs}"
+    note = f"mean ± half of the 95 % t-interval over {count}; gains are paired by seed{fewer}"
     return "\n\n".join([grid_of(lines), *([grid_of(gains)] if len(gains) > 1 else []), note])
 
 

@@ -222,6 +222,11 @@ def _objective(
     images: Tensor,
     autocast: torch.autocast,
 ) -> Tensor:
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise RunError(
+            f"the network returned {got}, not logits of shape (images, classes): wrap it in one that does"
+        )
     if teacher is None:
         return loss(logits.float(), labels)
     with torch.no_grad(), autocast:
@@ -267,7 +272,10 @@ def refresh_statistics(model: nn.Module, data: Data, *, size: int) -> None:
         norm.train()
         norm.momentum = None  # the mean over all batches
     with torch.no_grad():
-        for images in data.train.images.split(size):
+        parts = list(data.train.images.split(size))
+        if len(parts) > 1 and len(parts[-1]) == 1:  # a single image has no statistics where it is one pixel
+            parts[-2:] = [torch.cat(parts[-2:])]
+        for images in parts:
             model(data.normalise(images).contiguous(memory_format=torch.channels_last))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

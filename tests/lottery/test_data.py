@@ -371,3 +371,19 @@ def test_a_cache_with_a_flipped_bit_is_decoded_anew(image_folder: Path, tmp_path
     content[int(where * len(content))] ^= 1
     file.write_bytes(content)
     assert load(image_folder, size=8, cache=tmp_path / "cache").fingerprint == first.fingerprint
+
+
+def test_a_png_with_a_broken_chunk_is_named(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    broken = tmp_path / "a" / "0.png"
+    content = bytearray(broken.read_bytes())
+    second = content.find(b"IDAT", content.find(b"IDAT") + 4)
+    assert second > 0
+    content[second] = 0xFF
+    broken.write_bytes(content)
+    with pytest.raises(LotteryError, match=r"0\.png is not an image that Pillow can read"):
+        load(tmp_path)

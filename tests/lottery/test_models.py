@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+import linecache
 import sys
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsetweaks.lottery.config import LotteryError, Network
-from sparsetweaks.lottery.models import build
+from sparsetweaks.lottery.models import build, code_of
 from sparsetweaks.surgery.sites import find_skip_sites
 
 PUBLISHED = {  # parameters with 10 classes and 3 channels
@@ -112,3 +114,37 @@ def test_a_function_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_networks_that_make_no_sense_are_refused(wrong, message: str) -> None:
     with pytest.raises(LotteryError, match=message):
         wrong()
+
+
+def test_a_users_network_is_keyed_by_its_code(tmp_path, monkeypatch):
+    def written(text: str) -> tuple[str, ...]:
+        (tmp_path / "own_net.py").write_text(text, encoding="utf-8")
+        for name in ("own_net",):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        return code_of(Network("own_net:make"), channels=1, classes=3, seed=0)
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    text = (
+        "from torch import nn\n\n"
+        "def act(x):\n    return x.relu()\n\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, channels, classes):\n"
+        "        super().__init__()\n        self.layer = nn.Linear(channels, classes)\n\n"
+        "    def forward(self, x):\n        return act(self.layer(x))\n\n"
+        "def make(channels, classes):\n    return Net(channels, classes)\n"
+    )
+    first = written(text)
+    assert len(first) == 2
+    assert written(text + "# a remark\n") == first
+    assert written(text.replace("relu", "tanh")) != first
+    assert written(text.replace("classes)\n\n", "classes, bias=False)\n\n")) != first
+    assert code_of(Network("resnet8", width=4), channels=1, classes=3, seed=0) == ()
+    assert "own_net" in sys.modules
+
+
+def test_networks_with_further_outputs_are_built_without():
+    googlenet = build(Network("torchvision:googlenet"), channels=3, classes=2, seed=0)
+    assert googlenet(torch.zeros(2, 3, 32, 32)).shape == (2, 2)

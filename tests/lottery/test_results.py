@@ -359,3 +359,19 @@ def test_other_images_of_the_same_name_are_another_setting() -> None:
 def test_a_name_with_dollars_is_drawn_as_it_is() -> None:
     rows = [sparse_row(sparsity, drawn=r"file a$\\foo$") for sparsity in (0.5, 0.8)]
     assert picture(summarise(rows))[1:4] == b"PNG"
+
+
+def test_a_last_line_cut_off_within_a_letter_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    for run in "12":
+        append_row(path, {"run": run, "variant": "vanilla", "data": "données"})
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rfind(b"\xc3") + 1])
+    assert [row["run"] for row in read_rows(path)] == ["1"]
+
+
+def test_the_note_tells_over_how_many_pairs_the_gains_are() -> None:
+    vanilla, at = Cell({0: 90.0, 1: 91.0, 2: 92.0}), Cell({1: 92.0, 2: 93.5, 3: 80.0})
+    assert table({0.5: {"vanilla": vanilla, "AT": at}}).endswith(
+        "over 3 seeds; gains are paired by seed, over 2 seeds"
+    )

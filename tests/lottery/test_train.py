@@ -12,7 +12,7 @@ from torch import nn
 from sparsetweaks.lottery.config import LotteryError, Network, Recipe, RunError
 from sparsetweaks.lottery.data import Data, load
 from sparsetweaks.lottery.models import build
-from sparsetweaks.lottery.train import accuracy, schedule, train
+from sparsetweaks.lottery.train import accuracy, refresh_statistics, schedule, train
 from sparsetweaks.masks import find_masks
 from sparsetweaks.pruning import prune
 from sparsetweaks.surgery.skips import inject_skips
@@ -298,3 +298,33 @@ def test_what_dropout_draws_is_the_seeds_and_the_epochs(digits: Data, tmp_path: 
         train(dropping(), digits, recipe, seed=0, checkpoint=file, on_epoch=cut_off)
     resumed = train(dropping(), digits, recipe, seed=0, checkpoint=file)
     assert same(resumed.weights["last"], whole.weights["last"])
+
+
+class Normalised(nn.Module):
+    """Normalises a single pixel, whose variance one image alone does not have."""
+
+    def __init__(self, returns: str = "logits") -> None:
+        super().__init__()
+        self.layer, self.norm, self.returns = nn.Linear(1, 10), nn.BatchNorm1d(10), returns
+
+    def forward(self, x: torch.Tensor) -> object:
+        logits = self.norm(self.layer(x.mean((2, 3))))
+        return logits if self.returns == "logits" else (logits, logits)
+
+
+def test_a_last_image_alone_does_not_stop_the_averaging_of_weights() -> None:
+    data = load("digits", limit=20)
+    recipe = Recipe(epochs=1, batch_size=len(data.train) - 1)
+    model = Normalised()
+    refresh_statistics(model, data, size=recipe.batch_size)
+    whole = copy.deepcopy(model)
+    refresh_statistics(whole, data, size=len(data.train))
+    assert same(model.state_dict(), whole.state_dict())
+
+
+def test_a_network_that_returns_something_else_is_a_run_that_fails() -> None:
+    data = load("digits", limit=5)
+    with pytest.raises(
+        RunError, match=r"the network returned a tuple, not logits of shape \(images, classes\)"
+    ):
+        train(Normalised("both"), data, Recipe(epochs=1), seed=0)
