@@ -119,8 +119,7 @@ def test_networks_that_make_no_sense_are_refused(wrong, message: str) -> None:
 def test_a_users_network_is_keyed_by_its_code(tmp_path, monkeypatch):
     def written(text: str) -> tuple[str, ...]:
         (tmp_path / "own_net.py").write_text(text, encoding="utf-8")
-        for name in ("own_net",):
-            sys.modules.pop(name, None)
+        sys.modules.pop("own_net", None)
         importlib.invalidate_caches()
         linecache.clearcache()
         return code_of(Network("own_net:make"), channels=1, classes=3, seed=0)
@@ -137,10 +136,15 @@ def test_a_users_network_is_keyed_by_its_code(tmp_path, monkeypatch):
         "def make(channels, classes):\n    return Net(channels, classes)\n"
     )
     first = written(text)
-    assert len(first) == 2
+    assert len(first) == 1
     assert written(text + "# a remark\n") == first
     assert written(text.replace("relu", "tanh")) != first
     assert written(text.replace("classes)\n\n", "classes, bias=False)\n\n")) != first
+    drawn = "        import random; nn.init.constant_(self.layer.weight, random.random())\n"
+    shown = "\n    def extra_repr(self):\n        return repr(act)\n"
+    own = text.replace("classes)\n\n    def", f"classes)\n{drawn}{shown}\n    def")
+    assert own != text
+    assert written(own) == written(own)  # weights of its own, and an address in its text
     assert code_of(Network("resnet8", width=4), channels=1, classes=3, seed=0) == ()
     assert "own_net" in sys.modules
 
