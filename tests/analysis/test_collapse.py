@@ -717,7 +717,9 @@ def test_a_gate_by_softmax_depends_on_the_scores_of_the_others_too(softmax):
     model = st.apply_masks(SoftGate(softmax), {"b.weight": torch.zeros(1, 3, dtype=torch.bool)})
     x = torch.randn(5, 3)
     model(x).sum().backward()
-    found = {layer.name: layer.on_path for layer in layer_collapse(model, x).layers}
+    report = layer_collapse(model, x)
+    found = {layer.name: layer.on_path for layer in report.layers}
+    assert not report.opened  # softmax is followed, not merely opened
     assert found["gate.weight"] == int((model.gate.weight.grad != 0).sum()) == 6
 
 
