@@ -311,9 +311,8 @@ def _check_labels(
 ) -> None:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"class labels must be integers, got {labels.dtype}")
-    labels = as_targets(
-        labels
-    )  # in a narrow type the number of classes, or what is ignored, would be another number
+    # In a narrow type the number of classes, or what is ignored, would be another number
+    labels = as_targets(labels)
     if torch.compiler.is_compiling() or not (wait or labels.device.type == "cpu"):
         return
     wrong = (labels < 0) | (labels >= classes)
